@@ -1,0 +1,15 @@
+"""BLIP-2: let any frozen large language model see.
+
+`load` and `Blip2` are resolved on first use, so that `import blip2` costs milliseconds.
+"""
+
+__version__ = "0.1.0"
+__all__ = ["Blip2", "__version__", "load"]
+
+
+def __getattr__(name: str):
+    if name in ("load", "Blip2"):
+        from blip2.inference import loading
+
+        return getattr(loading, name)
+    raise AttributeError(f"module 'blip2' has no attribute {name!r}")
