@@ -1,0 +1,255 @@
+"""Checkpoints of a run: written so that a kill at any moment leaves a complete one to go on from.
+
+    RUN/checkpoints/step-000200/
+        model.safetensors       trainable parameters only
+        optimizer.safetensors   AdamW's moments and step counts, by parameter name
+        state.json              step, counters, learning rate, random state, resolved recipe
+        manifest.json           size and sha256 of the three; written last
+
+A checkpoint is written into a hidden sibling, every file synced, then renamed. One whose manifest is missing or does
+not match its files is torn, and ignored.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from blip2.errors import BadData, MissingFile, UserError
+
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+FORMAT = 1
+
+
+# Writing
+
+
+def save_checkpoint(run_dir: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping) -> Path:
+    """Writes the checkpoint of a step, all or nothing.
+
+    Args:
+        run_dir: the run's folder.
+        module: whose trainable parameters are written.
+        optimizer: over these parameters.
+        state: what else the run needs to go on; holds "step".
+
+    Returns:
+        The checkpoint's folder. One that is already there and complete is left as it is.
+
+    Raises:
+        OSError: such as a full disk; older checkpoints are then untouched.
+    """
+    final = checkpoint_path(run_dir, state["step"])
+    if is_complete(final):
+        return final
+    final.parent.mkdir(parents=True, exist_ok=True)
+    beside = final.with_name(f".{final.name}.writing")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        beside.mkdir()
+        contents = {
+            MODEL: safetensors.torch.save(trainable_state(module)),
+            OPTIMIZER: safetensors.torch.save(optimizer_state(module, optimizer)),
+            STATE: json.dumps({"format": FORMAT, **state}, indent=1).encode(),
+        }
+        for name, content in contents.items():
+            _write_synced(beside / name, content)
+        manifest = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in contents.items()}
+        _write_synced(beside / MANIFEST, json.dumps(manifest, indent=1).encode())
+        _sync_folder(beside)
+        if final.exists():  # torn: a complete one was returned above
+            remove_checkpoint(final)
+        beside.rename(final)
+        _sync_folder(final.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return final
+
+
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
+    """The module's trainable parameters by name: the live tensors, detached."""
+    return {
+        name: parameter.detach().contiguous()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors as "exp_avg.PARAMETER" and so on; a parameter without a gradient so far has none."""
+    return {
+        f"{kind}.{name}": value.detach().contiguous()
+        for name, parameter in module.named_parameters()
+        for kind, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def prune(run_dir: Path, keep: int) -> None:
+    """Removes all but the newest `keep` checkpoints, and whatever an interrupted write left behind."""
+    for older in list_checkpoints(run_dir)[keep:]:
+        remove_checkpoint(older)
+    for leftover in (run_dir / "checkpoints").glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def discard_after(run_dir: Path, step: int) -> list[Path]:
+    """Removes the torn checkpoints and those past a step, so that a run goes on from there; returns which."""
+    doomed = [path for path in list_checkpoints(run_dir) if step_of(path) > step or not is_complete(path)]
+    for path in doomed:
+        remove_checkpoint(path)
+    return doomed
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes a checkpoint; a kill in the middle leaves nothing that looks like one."""
+    doomed = path.with_name(f".{path.name}.removing")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# Choosing and reading
+
+
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return Path(run_dir) / "checkpoints" / f"step-{step:06d}"
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """All checkpoints of a run, newest first, torn ones too."""
+    found = [path for path in (Path(run_dir) / "checkpoints").glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def newest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    return next((path for path in list_checkpoints(run_dir) if is_complete(path)), None)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file of the checkpoint has the size and sha256 that its manifest states."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
+        return set(manifest) >= {MODEL, OPTIMIZER, STATE} and all(
+            (checkpoint / name).stat().st_size == entry["bytes"]
+            and _sha256((checkpoint / name).read_bytes()) == entry["sha256"]
+            for name, entry in manifest.items()
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
+def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
+    """The checkpoint that a path means: itself, or the newest complete one of a run's folder.
+
+    Raises:
+        MissingFile: nothing there, or no complete checkpoint in it.
+        BadData: a checkpoint that is torn or altered.
+    """
+    path = Path(run_or_checkpoint)
+    if not path.is_dir():
+        raise MissingFile(f"There is no run or checkpoint at {path}.")
+    if (path / STATE).exists() or (path / MODEL).exists():
+        if not is_complete(path):
+            raise BadData(
+                f"The checkpoint {path} is torn or altered: its files differ from its manifest. Take another."
+            )
+        return path
+    newest = newest_checkpoint(path)
+    if newest is None:
+        raise MissingFile(f"{path} has no complete checkpoint: is it a run's folder, and did the run get that far?")
+    return newest
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The checkpoint's state.json.
+
+    Raises:
+        BadData: written by a version of another format.
+    """
+    state = json.loads((checkpoint / STATE).read_text())
+    if state.get("format") != FORMAT:
+        raise BadData(f"The checkpoint {checkpoint} has format {state.get('format')}; this version reads {FORMAT}.")
+    return state
+
+
+def load_model(checkpoint: Path) -> dict[str, Tensor]:
+    """The checkpoint's parameters by name."""
+    return safetensors.torch.load_file(checkpoint / MODEL)
+
+
+def restore(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Puts a checkpoint's parameters and moments back into the module and the optimizer.
+
+    Raises:
+        BadData: the checkpoint is of another model.
+    """
+    saved = load_model(checkpoint)
+    parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    others = sorted(shapes.items() ^ {(name, tuple(tensor.shape)) for name, tensor in saved.items()})
+    if others:
+        raise BadData(f"{checkpoint} is a checkpoint of another model: {others[0][0]} is missing or has another shape.")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(saved[name])
+    optimizer.state.clear()
+    for key, value in safetensors.torch.load_file(checkpoint / OPTIMIZER).items():
+        kind, _, name = key.partition(".")
+        parameter = parameters[name]
+        optimizer.state[parameter][kind] = value.to(parameter.device)
+
+
+# One writer a run
+
+
+@contextmanager
+def only_writer(run_dir: Path) -> Iterator[None]:
+    """Holds the run's folder for this process; the lock ends with the process, even one that is killed.
+
+    Raises:
+        UserError: another process is training into that folder.
+    """
+    with (run_dir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"Another process is training into {run_dir}: wait for it, or choose another --out."
+            ) from None
+        yield
