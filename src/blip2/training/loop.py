@@ -133,6 +133,7 @@ class Run:
         self.painter = CurvePainter(run_dir)
         self.reporter = Reporter(recipe.training.steps, self.counters.step)
         self.metrics: Metrics = {}
+        self._last_line = (self.counters.step, self.counters.seconds)
         for line in [*notices, *self._opening(start)]:
             self.reporter.say(line)
 
@@ -233,7 +234,9 @@ class Run:
         metrics = {name: total / counters.window_steps for name, total in counters.window.items()}
         metrics["learning_rate"] = learning_rate(counters.step - 1, self.recipe.optimizer, training.steps)
         metrics["skipped"] = counters.skipped
-        metrics["samples_per_second"] = training.batch_size / max(self.reporter.seconds_per_step, 1e-9)
+        since, then = self._last_line
+        self._last_line = (counters.step, counters.seconds)
+        metrics["samples_per_second"] = training.batch_size * (counters.step - since) / (counters.seconds - then)
         metrics["seconds"] = counters.seconds
         counters.window, counters.window_steps = {}, 0
         self.log.write("train", counters.step, metrics)

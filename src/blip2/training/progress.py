@@ -86,7 +86,7 @@ class Reporter:
     def __init__(self, total: int, done: int, stream: TextIO | None = None):
         """A report of `total` steps of which `done` are already behind."""
         self._total = total
-        self.seconds_per_step = 0.0
+        self._seconds_per_step = 0.0
         console = Console(file=stream or sys.stderr, soft_wrap=True, highlight=False, markup=False)
         self._console = console
         self._bar = Progress(
@@ -107,8 +107,8 @@ class Reporter:
 
     def stepped(self, step: int, seconds: float) -> None:
         """A step has been made, in so many seconds."""
-        smooth = self.seconds_per_step
-        self.seconds_per_step = 0.95 * smooth + 0.05 * seconds if smooth else seconds
+        smooth = self._seconds_per_step
+        self._seconds_per_step = 0.95 * smooth + 0.05 * seconds if smooth else seconds
         self._bar.update(self._task, completed=step, left=self._left(step))
 
     def training(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -130,7 +130,7 @@ class Reporter:
         self._bar.stop()
 
     def _left(self, step: int) -> str:
-        return f"{duration((self._total - step) * self.seconds_per_step)} left"
+        return f"{duration((self._total - step) * self._seconds_per_step)} left"
 
 
 def duration(seconds: float) -> str:

@@ -1,0 +1,53 @@
+"""blip2 train: a training run from a recipe, resumed where it stood."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="A built-in recipe, such as mini/stage1, or a YAML file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="NAME=VALUE", help="Change a setting, e.g. optimizer.weight_decay=0.1. Repeatable."
+        ),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run; by default one of the recipe's name.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps of the whole run.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    resume: Annotated[
+        str,
+        typer.Option(metavar="auto|never|PATH", help="Go on from the run's newest checkpoint, start anew, or PATH."),
+    ] = "auto",
+    show: Annotated[bool, typer.Option("--show", help="Print the resolved recipe, each setting explained.")] = False,
+) -> None:
+    """Train a model by a recipe.
+
+    A run that was stopped, even by a crash, goes on when the same command is run again; the result is that of an
+    uninterrupted run. SIGTERM and Ctrl-C save and leave.
+    """
+    from blip2.training.recipe import apply_overrides, read_recipe, to_yaml
+
+    flags = {
+        "data.folder": data and data.resolve(),
+        "training.steps": steps,
+        "training.batch_size": batch_size,
+        "optimizer.learning_rate": learning_rate,
+    }
+    overrides = [f"{name}={value}" for name, value in flags.items() if value is not None]
+    chosen = apply_overrides(read_recipe(recipe), [*(settings or ()), *overrides])
+    if show:
+        typer.echo(to_yaml(chosen, with_help=True), nl=False)
+        return
+
+    from blip2 import paths
+    from blip2.training import loop
+    from blip2.training.build import build
+
+    run_dir = out or paths.runs_dir() / chosen.name
+    run_dir.mkdir(parents=True, exist_ok=True)
+    loop.train(build(chosen, run_dir), chosen, run_dir, resume)
