@@ -1,0 +1,250 @@
+"""Our model folder: what was trained, and the names and hashes of what was not.
+
+    blip2.json               settings, written last: it holds the sha256 of every part
+    stage1.safetensors       the retrieval part (ITC, ITM, ITG), float16
+    generation.safetensors   the part that speaks through the language model, float16
+
+The frozen image encoder and language model are named, not copied. Nor are the Q-Former's word embeddings stored where
+training left them as its text initialisation had them: `from_text_init` lists what is taken from there.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from blip2.errors import BadData, MissingPart, UnknownModel, Untrusted
+from blip2.model.config import QFormerConfig
+
+FORMAT = 1
+SETTINGS_FILE = "blip2.json"
+PARTS = {"stage1": "the retrieval part", "generation": "the generating part"}
+FROZEN = ("vision_model.", "language_model.")
+
+
+@dataclass(frozen=True)
+class FrozenPart:
+    """A part that is named, not copied.
+
+    Attributes:
+        name: as `checkpoints.frozen` knows it.
+        sha256: of its package, or of its weights where it comes from a folder; None = not checked.
+    """
+
+    name: str
+    sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the model was trained to answer to.
+
+    Attributes:
+        caption: what the language model continues with a caption.
+        caption_instruction: what an instruction-aware Q-Former is told for a caption.
+        question: what the language model continues with an answer; {} stands for the question.
+    """
+
+    caption: str
+    caption_instruction: str
+    question: str
+
+
+@dataclass(frozen=True)
+class PartFile:
+    """Where a trained part lies in the folder, and its hash."""
+
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """All of blip2.json.
+
+    Attributes:
+        name: what the model is called.
+        vision, language, text_init: the frozen parts; a retrieval model has no language model.
+        qformer: the Q-Former's shape, common to the parts.
+        image_size, image_mean, image_std: how pictures were fed in training.
+        instruction_aware: whether the generating part's Q-Former reads the instruction.
+        max_text_tokens: how many tokens of a text the Q-Former reads.
+        prompts: see Prompts.
+        from_text_init: parameters that are taken from the text initialisation and not stored.
+        parts: filled when the folder is written.
+        notes: free: data, recipes, seeds, figures, licence.
+    """
+
+    name: str
+    vision: FrozenPart
+    qformer: QFormerConfig
+    image_size: int
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
+    prompts: Prompts
+    text_init: FrozenPart | None = None
+    language: FrozenPart | None = None
+    instruction_aware: bool = False
+    max_text_tokens: int = 32
+    from_text_init: tuple[str, ...] = ()
+    parts: dict[str, PartFile] = field(default_factory=dict)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as written to blip2.json."""
+        return {"format": FORMAT} | asdict(self)
+
+
+def save_model_folder(
+    folder: Path | str, settings: ModelSettings, parts: dict[str, dict[str, Tensor]]
+) -> ModelSettings:
+    """Writes the folder beside its place and renames it, so that a reader finds the old one or the new one, whole.
+
+    Files of an earlier folder that are not ours (a model card, say) are kept.
+
+    Args:
+        folder: where; its parents are made.
+        settings: all but `parts`, which is filled here.
+        parts: state dict of each part, by the names in PARTS; see `trained_state`.
+
+    Returns:
+        The settings as written.
+
+    Raises:
+        BadData: a weight is not finite in float16.
+    """
+    folder = Path(folder)
+    unknown = parts.keys() - PARTS.keys()
+    assert not unknown, f"no such parts: {unknown}"
+    beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        written = {name: _write_part(beside, name, state) for name, state in parts.items()}
+        settings = replace(settings, parts=written)
+        _keep_other_files(folder, beside)
+        text = json.dumps(settings.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        (beside / SETTINGS_FILE).write_text(text, encoding="utf-8")
+        _swap(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return settings
+
+
+def trained_state(module: nn.Module, from_text_init: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """What of a Blip2Stage1 or Blip2Stage2 belongs in its part: no frozen part, nothing that the text start holds."""
+    return {
+        name: tensor
+        for name, tensor in module.state_dict().items()
+        if not name.startswith(FROZEN) and name not in from_text_init
+    }
+
+
+def _write_part(folder: Path, name: str, state: dict[str, Tensor]) -> PartFile:
+    file = f"{name}.safetensors"
+    halved = {key: _on_disk(key, tensor) for key, tensor in state.items()}
+    data = safetensors.torch.save(halved, metadata={"format": "pt"})
+    (folder / file).write_bytes(data)
+    return PartFile(file=file, sha256=hashlib.sha256(data).hexdigest())
+
+
+def _on_disk(name: str, tensor: Tensor) -> Tensor:
+    """Float16; scalars such as the temperature stay float32, they cost nothing."""
+    tensor = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        tensor = tensor.to(torch.float32 if tensor.ndim == 0 else torch.float16)
+        if not bool(tensor.isfinite().all()):
+            raise BadData(f"{name} holds values that are not finite in float16. The training run diverged.")
+    return tensor.contiguous()
+
+
+def _keep_other_files(old: Path, new: Path) -> None:
+    ours = {SETTINGS_FILE, *(f"{name}.safetensors" for name in PARTS)}
+    for path in old.iterdir() if old.is_dir() else ():
+        if path.is_file() and path.name not in ours:
+            shutil.copy2(path, new / path.name)
+
+
+def _swap(new: Path, place: Path) -> None:
+    """Puts `new` at `place`; what was there goes once the new folder stands."""
+    for path in new.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    old = place.with_name(f".{place.name}.old-{os.getpid()}")
+    if place.exists():
+        place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_settings(folder: Path | str) -> ModelSettings:
+    """The settings of a model folder.
+
+    Raises:
+        UnknownModel: no model folder, or one of a newer format.
+        BadData: blip2.json is broken.
+    """
+    path = Path(folder) / SETTINGS_FILE
+    if not path.is_file():
+        raise UnknownModel(f"{folder} is no model folder: it has no {SETTINGS_FILE}.")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values.pop("format") != FORMAT:
+            raise UnknownModel(f"{path} has a format that this version does not know. Update blip2.")
+        return _settings(values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BadData(f"{path} is broken ({error}). Fetch or write the model folder again.") from None
+
+
+def _settings(values: dict[str, Any]) -> ModelSettings:
+    """ModelSettings of the plain values in blip2.json; fields that are not known are refused."""
+    known = {item.name for item in fields(ModelSettings)}
+    if unknown := values.keys() - known:
+        raise ValueError(f"unknown fields {sorted(unknown)}")
+    made: dict[str, Any] = dict(values)
+    for name in ("vision", "language", "text_init"):
+        made[name] = FrozenPart(**values[name]) if values.get(name) else None
+    if made["vision"] is None:
+        raise ValueError("no vision model is named")
+    made["qformer"] = QFormerConfig(**values["qformer"])
+    made["prompts"] = Prompts(**values["prompts"])
+    made["parts"] = {name: PartFile(**part) for name, part in values["parts"].items()}
+    for name in ("image_mean", "image_std", "from_text_init"):
+        made[name] = tuple(values.get(name, ()))
+    return ModelSettings(**made)
+
+
+def load_part(
+    folder: Path | str, settings: ModelSettings, name: str, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """State dict of a part, checked against its sha256.
+
+    Raises:
+        MissingPart: the model lacks it.
+        Untrusted: the file is not the one that blip2.json tells of.
+    """
+    if name not in settings.parts:
+        has = " and ".join(PARTS[part] for part in settings.parts if part in PARTS)
+        raise MissingPart(f"The model {settings.name!r} lacks {PARTS[name]}; it has {has or 'no part at all'}.")
+    part = settings.parts[name]
+    if Path(part.file).name != part.file:
+        raise Untrusted(f"{folder}: the part {part.file!r} would lie outside the model folder.")
+    path = Path(folder) / part.file
+    if not path.is_file():
+        raise BadData(f"{path} is missing. Fetch or write the model folder again.")
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != part.sha256:
+        raise Untrusted(f"{path} is not the file that {SETTINGS_FILE} tells of (its sha256 differs). Fetch it again.")
+    try:
+        state = safetensors.torch.load(data)
+    except SafetensorError:
+        raise Untrusted(f"{path} is no safetensors file. Fetch or write the model folder again.") from None
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in state.items()}

@@ -1,0 +1,265 @@
+"""Blip2: a loaded model that captions, answers, talks, matches and embeds.
+
+    picture ── frozen image encoder ──┬── retriever   embed_images, embed_texts, match
+                                      └── generator   caption, ask, rank_answers, generate, stream, chat
+
+One pass of the encoder serves both parts. A model may lack either part; what needs it says so.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Unpack, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip2.checkpoints.native import PARTS, ModelSettings
+from blip2.errors import MissingPart, UserError
+from blip2.inference.answers import RankedAnswer, rank
+from blip2.inference.chat import Conversation
+from blip2.inference.decoding import DecodingOptions, make_decoding, make_streamable
+from blip2.inference.generation import Generator
+from blip2.inference.retrieval import Match, Retriever
+from blip2.model.vision import ImageEncoder
+from blip2.preprocessing.images import ImageSource, ImageTransform, load_image
+from blip2.preprocessing.prompts import question_prompt
+
+Images = ImageSource | Sequence[ImageSource]
+
+
+class Blip2:
+    """A model to use; made by `blip2.load`.
+
+    An image is a path, bytes, a PIL image or an array; methods take one or a list and answer in kind. A row's result
+    does not depend on what else is in the list.
+
+    Attributes:
+        settings: what blip2.json says.
+        batch_size: how many pictures go through the model at once.
+    """
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        vision_model: ImageEncoder,
+        *,
+        retriever: Retriever | None = None,
+        generator: Generator | None = None,
+        batch_size: int = 8,
+    ) -> None:
+        self.settings = settings
+        self.vision_model = vision_model
+        self.batch_size = batch_size
+        self.transform = ImageTransform(settings.image_size, settings.image_mean, settings.image_std)
+        self._retriever = retriever
+        self._generator = generator
+
+    @property
+    def retriever(self) -> Retriever:
+        """The retrieval part. Raises MissingPart where the model has none."""
+        if self._retriever is None:
+            raise self._lacks("stage1", "embed and match")
+        return self._retriever
+
+    @property
+    def generator(self) -> Generator:
+        """The generating part. Raises MissingPart where the model has none."""
+        if self._generator is None:
+            raise self._lacks("generation", "caption and answer")
+        return self._generator
+
+    def _lacks(self, part: str, purpose: str) -> MissingPart:
+        name = self.settings.name
+        if part in self.settings.parts:
+            return MissingPart(f"{name!r} was loaded without {PARTS[part]}. Load it with parts=None to {purpose}.")
+        return MissingPart(
+            f"The model {name!r} has no part {part!r} ({PARTS[part]}), so it cannot {purpose}. "
+            "Use one that has it (`blip2 info` lists the models and their parts), such as mini."
+        )
+
+    # -- text from pictures ---------------------------------------------------------------------------------------
+    @overload
+    def caption(self, images: ImageSource, prompt: str | None = None, **options: Unpack[DecodingOptions]) -> str: ...
+    @overload
+    def caption(
+        self, images: Sequence[ImageSource], prompt: str | None = None, **options: Unpack[DecodingOptions]
+    ) -> list[str]: ...
+    def caption(self, images: Images, prompt: str | None = None, **options: Unpack[DecodingOptions]) -> str | list[str]:
+        """What the picture shows.
+
+        Args:
+            images: one image or a list.
+            prompt: what the caption continues ("a photo of"); the model's own where it is None, nothing where "".
+            options: see `DecodingOptions`.
+
+        Returns:
+            The caption without the prompt, or a list of them.
+        """
+        rows, is_one = _rows(images)
+        prompts = self.settings.prompts
+        chosen = prompts.caption if prompt is None else prompt
+        return _in_kind(self.generate(rows, chosen, prompts.caption_instruction, **options), is_one)
+
+    @overload
+    def ask(
+        self,
+        images: ImageSource,
+        question: str,
+        answers: Sequence[str] | None = None,
+        **options: Unpack[DecodingOptions],
+    ) -> str: ...
+    @overload
+    def ask(
+        self,
+        images: Sequence[ImageSource],
+        question: str | Sequence[str],
+        answers: Sequence[str] | None = None,
+        **options: Unpack[DecodingOptions],
+    ) -> list[str]: ...
+    def ask(
+        self,
+        images: Images,
+        question: str | Sequence[str],
+        answers: Sequence[str] | None = None,
+        **options: Unpack[DecodingOptions],
+    ) -> str | list[str]:
+        """The answer to a question about the picture.
+
+        Args:
+            images: one image or a list.
+            question: one for all images, or a list as long as that of the images.
+            answers: choose the most probable of these instead of making one up.
+            options: see `DecodingOptions`; none applies with `answers`.
+
+        Returns:
+            The answer, or a list of them.
+        """
+        rows, is_one = _rows(images)
+        if answers is not None:
+            if options:
+                raise UserError(f"{', '.join(options)} has no effect when the answer is chosen from a list.")
+            return _in_kind([ranked[0].text for ranked in self.rank_answers(rows, question, answers)], is_one)
+        questions = _questions(question, len(rows))
+        return _in_kind(self.generate(rows, self._question_prompts(questions), questions, **options), is_one)
+
+    def rank_answers(
+        self, images: Sequence[ImageSource], question: str | Sequence[str], answers: Sequence[str]
+    ) -> list[list[RankedAnswer]]:
+        """The given answers for every image, the most probable first."""
+        if not answers or not all(answer.strip() for answer in answers):
+            raise UserError("The list of answers is empty or holds an empty answer.")
+        generator = self.generator
+        questions = _questions(question, len(images))
+        rankings = []
+        for rows in self._batches(len(images)):
+            asked = questions[rows]
+            features = self.image_features(images[rows])
+            scores = generator.score(features, self._question_prompts(asked), asked, answers)  # (B, A)
+            rankings += [rank(row, answers) for row in scores.float().cpu()]
+        return rankings
+
+    def generate(
+        self,
+        images: Sequence[ImageSource],
+        prompts: str | Sequence[str],
+        instructions: str | Sequence[str] | None = None,
+        **options: Unpack[DecodingOptions],
+    ) -> list[str]:
+        """What the language model says after each picture and prompt: the way under `caption` and `ask`.
+
+        Args:
+            images: B images.
+            prompts: what the text continues; one for all, or B.
+            instructions: what an instruction-aware Q-Former reads (another one reads nothing); one for all, or B.
+                None: the prompts.
+            options: see `DecodingOptions`.
+        """
+        generator, decoding = self.generator, make_decoding(options)
+        prompts = _each(prompts, len(images), "prompts")
+        told = prompts if instructions is None else _each(instructions, len(images), "instructions")
+        texts: list[str] = []
+        for rows in self._batches(len(images)):
+            texts += generator.speak(self.image_features(images[rows]), prompts[rows], told[rows], decoding)
+        return texts
+
+    def stream(
+        self, image: ImageSource, question: str | None = None, **options: Unpack[DecodingOptions]
+    ) -> Iterator[str]:
+        """The answer, or without a question the caption, in pieces as they are made; joined they are the whole text."""
+        generator, decoding = self.generator, make_streamable(options)
+        prompt, instruction = self.settings.prompts.caption, self.settings.prompts.caption_instruction
+        if question is not None:
+            (instruction,) = _questions(question, 1)
+            (prompt,) = self._question_prompts([instruction])
+        return generator.stream(self.image_features(image), prompt, instruction, decoding)
+
+    def chat(self, image: ImageSource) -> Conversation:
+        """A dialogue about one picture."""
+        return Conversation(self.generator, self.image_features(image), self.settings.prompts.question)
+
+    # -- pictures and texts as vectors ----------------------------------------------------------------------------
+    @torch.inference_mode()
+    def image_features(self, images: Images) -> Tensor:
+        """Frozen image features (B, N, Dv): what `retriever` and `generator` take."""
+        device = next(self.vision_model.parameters()).device
+        rows, _ = _rows(images)
+        features = []
+        for some in self._batches(len(rows)):
+            pixel_values = self.transform.batch([load_image(image) for image in rows[some]])  # (B, 3, S, S)
+            features.append(self.vision_model(pixel_values.to(device)))
+        return torch.cat(features)
+
+    def embed_images(self, images: Images) -> np.ndarray:
+        """Unit vectors (B, Q, E) of the pictures, one for each query; a text's similarity is that of the best query."""
+        retriever = self.retriever
+        rows, _ = _rows(images)
+        embeds = [retriever.embed_images(self.image_features(rows[some])) for some in self._batches(len(rows))]
+        return torch.cat(embeds).float().cpu().numpy()
+
+    def embed_texts(self, texts: str | Sequence[str]) -> np.ndarray:
+        """Unit vectors (B, E) of the texts."""
+        retriever = self.retriever
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        embeds = [retriever.embed_texts(rows[some]) for some in self._batches(len(rows))]
+        return torch.cat(embeds).float().cpu().numpy()
+
+    def match(self, image: ImageSource, texts: str | Sequence[str]) -> list[Match]:
+        """How well each text fits the picture, in the order given."""
+        retriever = self.retriever
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        features = self.image_features(image)
+        return [match for some in self._batches(len(rows)) for match in retriever.match(features, rows[some])]
+
+    # -- within ---------------------------------------------------------------------------------------------------
+    def _question_prompts(self, questions: Sequence[str]) -> list[str]:
+        return [question_prompt(question, self.settings.prompts.question) for question in questions]
+
+    def _batches(self, count: int) -> Iterator[slice]:
+        if not count:
+            raise UserError("The list is empty. Give at least one.")
+        return (slice(start, start + self.batch_size) for start in range(0, count, self.batch_size))
+
+
+def _rows(images: Images) -> tuple[list[ImageSource], bool]:
+    """The images as a list, and whether it was one image and no list."""
+    is_one = not isinstance(images, list | tuple)
+    return ([images] if is_one else list(images)), is_one
+
+
+def _in_kind(texts: list[str], is_one: bool) -> str | list[str]:
+    return texts[0] if is_one else texts
+
+
+def _each(texts: str | Sequence[str], count: int, what: str) -> list[str]:
+    """`count` texts: the one given repeated, or the list, which must be as long."""
+    rows = [texts] * count if isinstance(texts, str) else list(texts)
+    if len(rows) != count:
+        raise UserError(f"There are {count} images and {len(rows)} {what}. Give one for all, or as many as images.")
+    return rows
+
+
+def _questions(question: str | Sequence[str], count: int) -> list[str]:
+    questions = _each(question, count, "questions")
+    if not all(asked.strip() for asked in questions):
+        raise UserError("The question is empty.")
+    return questions

@@ -1,0 +1,192 @@
+"""load(): the name of a model, or its folder -> Blip2.
+
+Names are looked for in BLIP2_HOME/models and then, where the package runs from a checkout of the repository, in its
+weights/ folder. Frozen parts come from their packages or folders (`checkpoints.frozen`).
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from blip2 import paths
+from blip2.checkpoints import frozen, native
+from blip2.errors import BadData, MissingPart, UnknownModel, Untrusted
+from blip2.inference.blip2 import Blip2
+from blip2.inference.generation import Generator
+from blip2.inference.retrieval import Retriever
+from blip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
+from blip2.model.stage1 import Blip2Stage1, load_text_weights
+from blip2.model.stage2 import Blip2Stage2
+from blip2.model.vision import ImageEncoder
+from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer
+from blip2.registry import PACKAGES
+
+__all__ = ["Blip2", "find_model", "load", "model_names"]
+
+REPOSITORY_WEIGHTS = Path(__file__).parents[3] / "weights"  # beside src/ in a checkout; elsewhere it is not there
+
+
+def load(
+    name: str | Path = "mini",
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    parts: Collection[str] | None = None,
+) -> Blip2:
+    """A model ready to use.
+
+    Args:
+        name: of a model, or the path of a model folder.
+        device: where it computes.
+        dtype: of its weights, the frozen ones included.
+        parts: which of "stage1" (to embed and match) and "generation" (to caption and answer) to load; None: all that
+            the model has.
+
+    Raises:
+        UnknownModel: no model goes by that name.
+        MissingPart: the model lacks a part in `parts`.
+        Untrusted: a file is not the one that the model was saved with.
+    """
+    folder = find_model(name)
+    settings = native.read_settings(folder)
+    wanted = set(settings.parts if parts is None else parts)
+    for part in sorted(wanted - settings.parts.keys()):
+        raise MissingPart(
+            f"The model {str(name)!r} lacks {native.PARTS[part]}. "
+            "Use one that has it (`blip2 info` lists the models and their parts), such as mini."
+        )
+    loader = _Loader(folder, settings, torch.device(device), dtype)
+    vision_model = loader.vision_model()
+    return Blip2(
+        settings,
+        vision_model,
+        retriever=loader.retriever() if "stage1" in wanted else None,
+        generator=loader.generator() if "generation" in wanted else None,
+    )
+
+
+def find_model(name: str | Path) -> Path:
+    """The folder of a model by its name or path.
+
+    Raises:
+        UnknownModel: there is none.
+    """
+    as_path = Path(name).expanduser()
+    if as_path.is_dir():
+        return as_path
+    if as_path.name == str(name):
+        for place in (paths.models_dir(), REPOSITORY_WEIGHTS):
+            if (place / name / native.SETTINGS_FILE).is_file():
+                return place / name
+    known = ", ".join(model_names()) or "none here yet"
+    raise UnknownModel(
+        f"No model is called {str(name)!r} and no such folder exists. Models: {known}. Give one of them or a model "
+        f"folder, copy the repository's weights/mini to {paths.models_dir() / 'mini'}, or train one: "
+        "blip2 train mini/stage1."
+    )
+
+
+def model_names() -> list[str]:
+    """Names of the models that `load` finds."""
+    found = {
+        path.parent.name
+        for place in (paths.models_dir(), REPOSITORY_WEIGHTS)
+        for path in place.glob(f"*/{native.SETTINGS_FILE}")
+    }
+    return sorted(found)
+
+
+class _Loader:
+    """Builds the modules of one model folder; what two parts share is read once."""
+
+    def __init__(self, folder: Path, settings: native.ModelSettings, device: torch.device, dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.device = device
+        self.dtype = dtype
+        self._text_init: tuple[dict[str, torch.Tensor], Path] | None = None
+
+    def vision_model(self) -> ImageEncoder:
+        vision_model = frozen.load_vision(self.settings.vision.name, dtype=self.dtype)
+        self._check(self.settings.vision, vision_model)
+        return vision_model.to(self.device).eval()
+
+    def retriever(self) -> Retriever:
+        with torch.device("meta"):
+            model = Blip2Stage1(None, self.settings.qformer)
+        self._fill(model, "stage1")
+        return Retriever(model, self._text_tokenizer(), self.settings.max_text_tokens)
+
+    def generator(self) -> Generator:
+        settings = self.settings
+        if settings.language is None:
+            raise MissingPart(f"{self.folder} names no language model, so it cannot speak. It was saved incompletely.")
+        language_model, tokenizer = self._language_model(settings.language)
+        with torch.device("meta"):
+            model = Blip2Stage2(
+                None,
+                settings.qformer,
+                None,
+                language_width=language_model.width,
+                instruction_aware=settings.instruction_aware,
+            )
+        self._fill(model, "generation")
+        model.language_model = language_model
+        instruction_tokenizer = self._text_tokenizer() if settings.instruction_aware else None
+        return Generator(model, tokenizer, instruction_tokenizer, settings.max_text_tokens)
+
+    def _language_model(self, part: native.FrozenPart) -> tuple[LanguageModel, LanguageTokenizer]:
+        network, hf_tokenizer = frozen.load_language(part.name, dtype=self.dtype)
+        self._check(part, network)
+        tokenizer = LanguageTokenizer(hf_tokenizer)
+        return wrap_language_model(network.to(self.device), tokenizer), tokenizer
+
+    def _text_start(self) -> tuple[dict[str, torch.Tensor], Path]:
+        """The text initialisation's weights and its tokenizer's file."""
+        if self.settings.text_init is None:
+            raise BadData(f"{self.folder} names no text_init, so the Q-Former has no tokenizer. Save the model again.")
+        if self._text_init is None:
+            state, tokenizer_path, _ = frozen.load_text_init(self.settings.text_init.name)
+            self._text_init = (state, tokenizer_path)
+        return self._text_init
+
+    def _text_tokenizer(self) -> QFormerTokenizer:
+        return QFormerTokenizer(self._text_start()[1])
+
+    def _fill(self, model: nn.Module, part: str) -> None:
+        """Gives a module built on the meta device its weights: the stored ones, and those of the text start."""
+        from_text_init = set(self.settings.from_text_init) & model.state_dict().keys()
+        model.to_empty(device="cpu")
+        if from_text_init:
+            load_text_weights(model, self._text_start()[0])
+        state = native.load_part(self.folder, self.settings, part)
+        missing, unexpected = model.load_state_dict(state, strict=False)
+        if unexpected or set(missing) != from_text_init:
+            wrong = sorted({*unexpected, *(set(missing) ^ from_text_init)})
+            raise BadData(
+                f"{self.folder}: the weights of {part!r} do not fit its settings ({', '.join(wrong[:3])} ...)."
+            )
+        model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+
+    def _check(self, part: native.FrozenPart, network: nn.Module) -> None:
+        """Whether a frozen part is the one the model was trained with. Packages were checked when they were fetched."""
+        if part.sha256 is None or self.dtype != torch.float32:  # hashes are of float32 weights
+            return
+        found = PACKAGES[part.name].sha256 if part.name in PACKAGES else frozen.fingerprint(network)
+        if found != part.sha256:
+            raise Untrusted(
+                f"{part.name!r} has other weights than the ones {self.settings.name!r} was trained with (its sha256 "
+                "differs), so its answers would be noise. Put the original back."
+            )
+
+
+def wrap_language_model(network: Any, tokenizer: LanguageTokenizer) -> LanguageModel:
+    """A Hugging Face language model behind the common interface; what its generation settings call an end ends."""
+    stop_ids = {tokenizer.eos_id}
+    configured = getattr(network.generation_config, "eos_token_id", None)
+    stop_ids.update(configured if isinstance(configured, list) else [configured] if configured is not None else [])
+    kind = EncoderDecoderLM if network.config.is_encoder_decoder else DecoderLM
+    return kind(network, stop_ids=sorted(stop_ids), pad_id=tokenizer.pad_id)
