@@ -107,10 +107,12 @@ class _Loader:
         self.settings = settings
         self.device = device
         self.dtype = dtype
-        self._text_init: tuple[dict[str, torch.Tensor], Path] | None = None
+        self._text_init: frozen.TextInit | None = None
 
     def vision_model(self) -> ImageEncoder:
-        vision_model = frozen.load_vision(self.settings.vision.name, dtype=self.dtype)
+        vision_model = frozen.load_vision(
+            self.settings.vision.name, dtype=self.dtype, image_size=self.settings.image_size
+        )
         self._check(self.settings.vision, vision_model)
         return vision_model.to(self.device).eval()
 
@@ -144,24 +146,23 @@ class _Loader:
         tokenizer = LanguageTokenizer(hf_tokenizer)
         return wrap_language_model(network.to(self.device), tokenizer), tokenizer
 
-    def _text_start(self) -> tuple[dict[str, torch.Tensor], Path]:
+    def _text_start(self) -> frozen.TextInit:
         """The text initialisation's weights and its tokenizer's file."""
         if self.settings.text_init is None:
             raise BadData(f"{self.folder} names no text_init, so the Q-Former has no tokenizer. Save the model again.")
         if self._text_init is None:
-            state, tokenizer_path, _ = frozen.load_text_init(self.settings.text_init.name)
-            self._text_init = (state, tokenizer_path)
+            self._text_init = frozen.load_text_init(self.settings.text_init.name)
         return self._text_init
 
     def _text_tokenizer(self) -> QFormerTokenizer:
-        return QFormerTokenizer(self._text_start()[1])
+        return QFormerTokenizer(self._text_start().tokenizer_file)
 
     def _fill(self, model: nn.Module, part: str) -> None:
         """Gives a module built on the meta device its weights: the stored ones, and those of the text start."""
         from_text_init = set(self.settings.from_text_init) & model.state_dict().keys()
         model.to_empty(device="cpu")
         if from_text_init:
-            load_text_weights(model, self._text_start()[0])
+            load_text_weights(model, self._text_start().state_dict)
         state = native.load_part(self.folder, self.settings, part)
         missing, unexpected = model.load_state_dict(state, strict=False)
         if unexpected or set(missing) != from_text_init:

@@ -1,0 +1,68 @@
+"""blip2 ask: a question about pictures, answered in free words or from a list."""
+
+from functools import cache
+from typing import Annotated, Any
+
+import typer
+
+from blip2.cli import inputs as pictures
+from blip2.cli import options
+from blip2.cli.models import open_model
+from blip2.cli.output import ResultWriter, answer_all, is_bare
+from blip2.errors import UserError
+
+
+def ask(
+    file: Annotated[
+        str, typer.Argument(metavar="FILE|FOLDER|GLOB|-", help="Pictures; - reads one, or paths, from standard input.")
+    ],
+    question: Annotated[str, typer.Argument(help="What to ask about each picture.")],
+    answers: Annotated[
+        str | None, typer.Option(metavar="A,B,C", help="Choose the most probable of these answers.")
+    ] = None,
+    model: options.Model = "mini",
+    beams: options.Beams = None,
+    sample: options.Sample = False,
+    top_p: options.TopP = None,
+    temperature: options.Temperature = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    batch_size: options.BatchSize = 8,
+    json: options.Json = False,
+    device: options.Device = "auto",
+    quiet: options.Quiet = False,
+) -> None:
+    """Answer a question about a picture.
+
+    With --answers and --json, "ranking" lists all given answers with their log-probability and their share of 1.
+    """
+    chosen = options.decoding_options(beams, sample, top_p, temperature, max_new_tokens)
+    given = _answer_list(answers, chosen)
+    found = pictures.expand([file])
+
+    @cache  # opened once there is a picture to ask about
+    def opened() -> Any:
+        return open_model(model, "generation", device=device, quiet=quiet)
+
+    def answer(images: list[Any]) -> list[dict[str, Any]]:
+        if given is None:
+            return [{"question": question, "answer": text} for text in opened().ask(images, question, **chosen)]
+        return [_ranked(question, ranking) for ranking in opened().rank_answers(images, question, given)]
+
+    writer = ResultWriter("answer", as_json=json, is_bare=is_bare(found))
+    raise typer.Exit(answer_all(found, answer, writer, batch_size=batch_size, quiet=quiet))
+
+
+def _answer_list(answers: str | None, chosen: dict[str, Any]) -> list[str] | None:
+    if answers is None:
+        return None
+    if chosen:
+        raise UserError("--answers chooses from a list, so options for free text have no effect. Leave them out.")
+    return [answer.strip() for answer in answers.split(",")]
+
+
+def _ranked(question: str, ranking: list[Any]) -> dict[str, Any]:
+    rows = [
+        {"answer": row.text, "log_probability": round(row.log_probability, 4), "share": round(row.share, 4)}
+        for row in ranking
+    ]
+    return {"question": question, "answer": ranking[0].text, "ranking": rows}

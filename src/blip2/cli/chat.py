@@ -1,0 +1,106 @@
+"""blip2 chat: a dialogue about a picture, at a terminal or through a pipe.
+
+/image PATH   another picture    /reset   forget what was said    /quit   leave
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Annotated, Any
+
+import typer
+
+from blip2.cli import options
+from blip2.cli.models import open_model
+from blip2.cli.output import note
+from blip2.errors import UserError
+
+HELP = "Ask about the picture. /image PATH shows another, /reset forgets what was said, /quit leaves."
+
+
+def chat(
+    file: Annotated[str | None, typer.Argument(help="The picture to talk about; /image PATH shows another.")] = None,
+    model: options.Model = "mini",
+    sample: options.Sample = False,
+    top_p: options.TopP = None,
+    temperature: options.Temperature = None,
+    max_new_tokens: options.MaxNewTokens = None,
+    device: options.Device = "auto",
+    quiet: options.Quiet = False,
+) -> None:
+    """Talk about a picture; what was said before is remembered.
+
+    Questions may be piped in, one a line; each answer is a line.
+    """
+    chosen = options.decoding_options(None, sample, top_p, temperature, max_new_tokens)
+    is_terminal = sys.stdin.isatty()
+    dialogue = Dialogue(open_model(model, "generation", device=device, quiet=quiet), chosen)
+    if file is not None:
+        dialogue.show(file)
+    if is_terminal:
+        note(HELP, quiet=quiet)
+    num_failed = 0
+    for line in _lines(is_terminal):
+        try:
+            if not dialogue.take(line.strip()):
+                break
+        except UserError as error:
+            note(f"blip2: {error}")
+            num_failed += 1
+    raise typer.Exit(1 if num_failed and not is_terminal else 0)
+
+
+class Dialogue:
+    """One line in, what it asks for out."""
+
+    def __init__(self, model: Any, chosen: dict[str, Any]) -> None:
+        self._model = model
+        self._chosen = chosen
+        self._conversation: Any = None
+
+    def show(self, path: str) -> None:
+        """Talk about the picture at `path` from now on; what was said of the last one is forgotten."""
+        self._conversation = self._model.chat(path)
+
+    def take(self, line: str) -> bool:
+        """Obeys a line; false where it was the last."""
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return False
+        if command == "/image":
+            self.show(rest.strip())
+        elif command == "/reset":
+            self._conversation_or_raise().reset()
+        elif command == "/help":
+            note(HELP)
+        elif command.startswith("/"):
+            raise UserError(f"There is no command {command}. {HELP}")
+        elif line:
+            self._answer(line)
+        return True
+
+    def _answer(self, question: str) -> None:
+        for piece in self._conversation_or_raise().stream(question, **self._chosen):
+            print(piece, end="", flush=True)
+        print(flush=True)
+
+    def _conversation_or_raise(self) -> Any:
+        if self._conversation is None:
+            raise UserError("There is no picture yet. Show one: /image PATH")
+        return self._conversation
+
+
+def _lines(is_terminal: bool) -> Iterator[str]:
+    """Lines of standard input; on a terminal after a prompt, which goes to standard error."""
+    if not is_terminal:
+        yield from sys.stdin
+        return
+    with suppress(ImportError):  # line editing and history, where the platform has it
+        import readline  # noqa: F401
+    while True:
+        print("> ", end="", file=sys.stderr, flush=True)
+        try:
+            yield input()
+        except EOFError:
+            print(file=sys.stderr)
+            return

@@ -1,0 +1,98 @@
+"""blip2 embed: pictures and texts as vectors, in one .npz file."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from blip2.cli import inputs as pictures
+from blip2.cli import options
+from blip2.cli.inputs import PICTURE_SUFFIXES, Input
+from blip2.cli.models import open_model
+from blip2.cli.output import note, progress_bar
+from blip2.errors import BadImage, MissingFile, UserError
+
+
+def embed(
+    items: Annotated[list[str], typer.Argument(metavar="FILE|FOLDER|GLOB|TEXT...", help="Pictures and texts, mixed.")],
+    out: Annotated[Path, typer.Option("--out", help="The .npz file to write.")],
+    model: options.Model = "mini",
+    batch_size: options.BatchSize = 8,
+    device: options.Device = "auto",
+    quiet: options.Quiet = False,
+) -> None:
+    """Write unit vectors of pictures and texts to a NumPy file.
+
+    It holds image_paths (B), image_embeds (B, queries, width), texts (C) and text_embeds (C, width). The similarity of
+    a text with a picture is the largest dot product over the picture's queries.
+    """
+    _check_out(out)
+    named, texts = _part(items)
+    images, paths, num_bad = _load(pictures.expand(named))
+    if not images and not texts:
+        raise typer.Exit(2)
+    opened = open_model(model, "stage1", device=device, quiet=quiet)
+    arrays: dict[str, Any] = {}
+    if images:
+        arrays |= {"image_paths": paths, "image_embeds": _embed_images(opened, images, batch_size, quiet)}
+    if texts:
+        arrays |= {"texts": texts, "text_embeds": opened.embed_texts(texts)}
+    _write(out, arrays)
+    note(f"{out}: {len(images)} pictures, {len(texts)} texts", quiet=quiet)
+    raise typer.Exit(1 if num_bad else 0)
+
+
+def _check_out(out: Path) -> None:
+    if out.suffix != ".npz":
+        raise UserError(f"{out} does not end in .npz, the format that is written. Name it {out.with_suffix('.npz')}.")
+    if not out.absolute().parent.is_dir():
+        raise MissingFile(f"The folder of {out} does not exist. Make it first.")
+
+
+def _part(items: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Which items name pictures, and which are texts. What looks like a picture's name is no text, even if misspelt."""
+    named = [item for item in items if _names_pictures(item)]
+    return named, [item for item in items if not _names_pictures(item)]
+
+
+def _names_pictures(item: str) -> bool:
+    return item == "-" or item.lower().endswith(PICTURE_SUFFIXES) or Path(item).exists()
+
+
+def _load(found: Sequence[Input]) -> tuple[list[Any], list[str], int]:
+    """The pictures that can be read, their paths, and how many cannot; those are listed."""
+    images, paths, num_bad = [], [], 0
+    for item in found:
+        try:
+            images.append(item.load())
+            paths.append(item.name)
+        except (BadImage, MissingFile) as error:
+            note(f"blip2: {error}")
+            num_bad += 1
+    return images, paths, num_bad
+
+
+def _embed_images(opened: Any, images: list[Any], batch_size: int, quiet: bool) -> Any:
+    import numpy as np
+
+    embeds = []
+    with progress_bar(len(images), quiet=quiet) as bar:
+        for start in range(0, len(images), batch_size):
+            embeds.append(opened.embed_images(images[start : start + batch_size]))
+            bar.update(len(embeds[-1]))
+    return np.concatenate(embeds)
+
+
+def _write(out: Path, arrays: dict[str, Any]) -> None:
+    """Written beside its place and renamed: the file is whole or is not there."""
+    import numpy as np
+
+    beside = out.with_name(f".{out.name}.writing-{os.getpid()}.npz")
+    try:
+        with beside.open("wb") as file:
+            np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)

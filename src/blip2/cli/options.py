@@ -1,0 +1,39 @@
+"""Options that several commands share, so that they are called and explained alike everywhere."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A model's name or the path of its folder.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on standard error.")]
+BatchSize = Annotated[int, typer.Option(min=1, max=1024, help="Pictures that go through the model at once.")]
+Inputs = Annotated[
+    list[str],
+    typer.Argument(metavar="FILE|FOLDER|GLOB|-...", help="Pictures; - reads a picture, or paths, from standard input."),
+]
+Output = Annotated[Path, typer.Option("--out", help="Where to write.")]
+
+Beams = Annotated[int | None, typer.Option("--beams", min=1, max=64, help="Beam search; the paper uses 5.")]
+Sample = Annotated[bool, typer.Option("--sample", help="Draw words by chance instead of taking the likeliest.")]
+TopP = Annotated[
+    float | None, typer.Option("--top-p", help="With --sample: draw from the likeliest words of this sum.")
+]
+Temperature = Annotated[float | None, typer.Option(help="With --sample: below 1 keeps closer to the likeliest.")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest text in tokens.")]
+
+
+def decoding_options(
+    beams: int | None, sample: bool, top_p: float | None, temperature: float | None, max_new_tokens: int | None
+) -> dict[str, Any]:
+    """The options of decoding that were given, as `Blip2.generate` takes them."""
+    given = {
+        "num_beams": beams,
+        "sample": sample or None,
+        "top_p": top_p,
+        "temperature": temperature,
+        "max_new_tokens": max_new_tokens,
+    }
+    return {name: value for name, value in given.items() if value is not None}
