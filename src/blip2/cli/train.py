@@ -1,5 +1,6 @@
 """blip2 train: a training run from a recipe, resumed where it stood."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -33,12 +34,12 @@ def train(
     from blip2.training.recipe import apply_overrides, read_recipe, to_yaml
 
     flags = {
-        "data.folder": data and data.resolve(),
+        "data.folder": str(data.resolve()) if data else None,
         "training.steps": steps,
         "training.batch_size": batch_size,
         "optimizer.learning_rate": learning_rate,
     }
-    overrides = [f"{name}={value}" for name, value in flags.items() if value is not None]
+    overrides = [f"{name}={json.dumps(value)}" for name, value in flags.items() if value is not None]
     chosen = apply_overrides(read_recipe(recipe), [*(settings or ()), *overrides])
     if show:
         typer.echo(to_yaml(chosen, with_help=True), nl=False)

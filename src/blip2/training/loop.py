@@ -13,8 +13,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 from blip2.errors import BadRecipe, Blip2Error, UserError
 from blip2.training import state as checkpoints
 from blip2.training.optimizer import build_optimizer, learning_rate
+from blip2.training.prefetch import prefetched
 from blip2.training.progress import CurvePainter, MetricsLog, Reporter, duration
 from blip2.training.recipe import Recipe, differences, recipe_from_settings, to_settings, to_yaml
 from blip2.training.signals import BrokenOff, StopSignals
@@ -312,7 +312,7 @@ class Run:
                 f"Could not save step {counters.step} into {self.run_dir} ({fault.strerror}). The last checkpoint is "
                 f"{checkpoints.newest_checkpoint(self.run_dir) or 'none'}. Make room and run the same command again."
             ) from None
-        self.painter.draw(at_once=True)
+        self.painter.draw(at_once=counters.step >= steps)  # one that is told to stop leaves soon
         if counters.step < steps:
             self.reporter.say(f"Stopped by {stop.asked} after step {counters.step} of {steps}; saved as {path}.")
             self.reporter.say("Run the same command again to go on from there.")
@@ -395,22 +395,3 @@ def _check_same_recipe(start: Path, recipe: Recipe, run_dir: Path, resume: str |
             f"--resume {start} to go on from it with the new settings."
         )
     return [f"Changed since the checkpoint: {line}" for line in told]
-
-
-# Batches, one ahead
-
-
-@contextmanager
-def prefetched(batches: Callable[[int], Any], first: int, end: int) -> Iterator[Iterator[Any]]:
-    """The batches first ... end - 1, each made in a thread while its predecessor is in use."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as pool:
-        pending: list[Future] = [pool.submit(batches, first)] if first < end else []
-
-        def ahead() -> Iterator[Any]:
-            for index in range(first, end):
-                batch = pending.pop().result()
-                if index + 1 < end:
-                    pending.append(pool.submit(batches, index + 1))
-                yield batch
-
-        yield ahead()

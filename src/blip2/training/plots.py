@@ -85,8 +85,9 @@ def _panels(count: int) -> tuple[Any, Any]:
 
     columns = min(3, count)
     rows = -(-count // columns)
-    figure = Figure(figsize=(max(6, 4 * columns), 3 * rows if count > 1 else 4), layout="constrained")
+    figure = Figure(figsize=(max(6, 4 * columns), 3 * rows if count > 1 else 4))
     FigureCanvasAgg(figure)
+    figure.subplots_adjust(hspace=0.4, wspace=0.3)
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for unused in axes[count:]:
         unused.set_axis_off()

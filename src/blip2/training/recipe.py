@@ -57,7 +57,9 @@ class ModelSection:
     freeze_word_embeddings: bool = False
     """Keep the word embeddings of text_init as they are."""
     dropout: Share = 0.1
-    """Dropout inside the Q-Former."""
+    """Dropout after the Q-Former's dense layers and embeddings."""
+    attention_dropout: Share = 0.1
+    """Dropout on the Q-Former's attention weights; 0 keeps the fast attention kernels in use."""
     init_from: str | None = None
     """A run folder, checkpoint or model folder whose weights the bridge starts from."""
     instruction_aware: bool = False
@@ -74,6 +76,10 @@ class MixtureItem:
     """Share of the samples, relative to the other items."""
     task: Literal["caption", "question"] = "caption"
     """Train on the pictures' captions, or on their questions and answers."""
+    num_views: Positive = 1
+    """Views of each picture whose image features are cached: the plain picture and varied ones."""
+    flip: bool = False
+    """Mirror half of the varied views; wrong where texts speak of left and right."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -84,8 +90,14 @@ class DataSection:
     """A data set by name (under the data folder) or by path."""
     mixture: Annotated[tuple[MixtureItem, ...], Field(min_length=1)]
     """The sources and their weights."""
-    num_views: Positive = 4
-    """Augmented views of each picture whose image features are cached; 1 means the plain picture."""
+    validation: tuple[str, ...] = ()
+    """Splits that evaluations during the run look at."""
+    question_share: Share = 0.0
+    """Share of the samples with questions whose caption loss (ITG) reads a question and its answer (stage 1)."""
+    tag_share: Share = 0.0
+    """Share of the captions that are followed by the picture's tags, where it has tags (stage 1)."""
+    image_token_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of the image tokens shown in a step, drawn anew for each picture: a regulariser that also saves time."""
     max_text_length: Positive = 32
     """Longest caption or question in tokens; longer ones are cut."""
     max_answer_length: Positive = 16

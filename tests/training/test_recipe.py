@@ -1,0 +1,149 @@
+"""Recipes say what they mean, and what they should not say is refused with a hint."""
+
+import pytest
+
+from blip2.errors import BadRecipe, MissingFile
+from blip2.training.recipe import (
+    apply_overrides,
+    differences,
+    parse_recipe,
+    read_recipe,
+    recipe_from_settings,
+    shipped_recipes,
+    to_settings,
+    to_yaml,
+)
+
+GOOD = """
+stage: stage2
+name: trial
+data:
+  mixture:
+  - {split: train_pairs, weight: 2}
+  - {split: train_scenes, task: question}
+optimizer: {learning_rate: 1e-4, warmup_steps: 10}
+training: {steps: 100, batch_size: 8}
+"""
+
+
+@pytest.fixture
+def recipe():
+    return parse_recipe(GOOD, "trial.yaml")
+
+
+def test_what_a_recipe_leaves_out_has_the_paper_s_values(recipe):
+    assert recipe.optimizer.betas == (0.9, 0.98)
+    assert recipe.optimizer.weight_decay == 0.05
+    assert recipe.model.num_query_tokens == 32
+
+
+def test_1e_4_is_a_number_though_yaml_reads_it_as_text(recipe):
+    assert recipe.optimizer.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("with_help", [False, True])
+def test_a_resolved_recipe_reads_as_the_same_recipe(recipe, with_help):
+    assert parse_recipe(to_yaml(recipe, with_help), "again.yaml") == recipe
+
+
+def test_settings_as_kept_in_a_checkpoint_read_as_the_same_recipe(recipe):
+    assert recipe_from_settings(to_settings(recipe), "state.json") == recipe
+
+
+def test_help_stands_above_each_setting(recipe):
+    shown = to_yaml(recipe, with_help=True)
+    assert "  # Peak learning rate, reached after the warm-up.\n  learning_rate: 0.0001\n" in shown
+    assert "# one of: stage1, stage2, instruct\nstage: stage2\n" in shown
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (
+            "learning_rate",
+            "learnin_rate",
+            "optimizer.learnin_rate is no setting; did you mean optimizer.learning_rate?",
+        ),
+        ("name: trial", "name: trial\nsteps: 3", "steps is no setting; did you mean training.steps?"),
+        ("weight: 2", "wieght: 2", "data.mixture.0.wieght is no setting; did you mean data.mixture.0.weight?"),
+        ("steps: 100", "steps: 1.5", "training.steps is 1.5: input should be a valid integer"),
+        ("steps: 100", "steps: 0", "training.steps is 0: input should be greater than 0"),
+        ("steps: 100", "steps: true", "training.steps: true is no number."),
+        ("steps: 100, ", "", "training.steps is missing and has no default."),
+        ("1e-4", ".nan", "optimizer.learning_rate is nan: input should be a finite number"),
+        ("stage2", "stage3", "stage is 'stage3': input should be 'stage1', 'stage2' or 'instruct'"),
+        ("name: trial", "name: trial\nname: other", "name is given twice"),
+        ("batch_size: 8", "batch_size: 8, accumulation: 3", "cannot be split into accumulation = 3 equal parts"),
+        ("weight: 2", "weight: 2000", "train_scenes has a share below 0.2%"),
+        ("name: trial", "name: trial\nmodel: {language: null}", "stage2 trains for a language model"),
+        ("optimizer: {", "optimizer: 3\nunused: {", "optimizer is 3: it should hold settings of its own."),
+        ("name: trial", "name: [", "line 5: "),
+        (GOOD, "just words", "trial.yaml holds no settings"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_by_path_and_with_the_nearest_name(old, new, message):
+    with pytest.raises(BadRecipe) as refusal:
+        parse_recipe(GOOD.replace(old, new), "trial.yaml")
+    assert str(refusal.value).startswith("trial.yaml")
+    assert message in str(refusal.value)
+
+
+def test_every_fault_is_named_at_once():
+    with pytest.raises(BadRecipe) as refusal:
+        parse_recipe(GOOD.replace("learning_rate", "rate").replace("steps: 100", "steps: x"), "trial.yaml")
+    assert len(str(refusal.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("optimizer.weight_decay=0.1", "optimizer.weight_decay", 0.1),
+        ("optimizer.min_learning_rate=1e-6", "optimizer.min_learning_rate", 1e-6),
+        ("training.threads=2", "training.threads", 2),
+        ("model.freeze_word_embeddings=true", "model.freeze_word_embeddings", True),
+        ("optimizer.betas=[0.9, 0.999]", "optimizer.betas", [0.9, 0.999]),
+    ],
+)
+def test_an_override_changes_one_setting(recipe, override, path, value):
+    changed = differences(recipe, apply_overrides(recipe, [override]))
+    assert {name: new for name, (_, new) in changed.items()} == {path: value}
+
+
+def test_an_override_reaches_into_the_mixture(recipe):
+    assert apply_overrides(recipe, ["data.mixture.1.weight=4"]).data.mixture[1].weight == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.weight_dcay=1", "did you mean optimizer.weight_decay?"),
+        ("weight_decay=1", "did you mean optimizer.weight_decay?"),
+        ("nothing.like.it=1", "nothing.like.it is no setting."),
+        ("data.mixture.5.weight=1", "data.mixture.5.weight is no setting"),
+        ("training.steps", "write it as NAME=VALUE"),
+        ("training.steps=[", "is no YAML value"),
+        ("training.steps=many", "training.steps is 'many'"),
+    ],
+)
+def test_a_wrong_override_is_refused(recipe, override, message):
+    with pytest.raises(BadRecipe) as refusal:
+        apply_overrides(recipe, [override])
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_built_in_recipe_reads(name):
+    assert read_recipe(name).training.steps > 0
+
+
+def test_a_recipe_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(BadRecipe, match="There is no built-in recipe 'mini/stage9'"):
+        read_recipe("mini/stage9")
+    with pytest.raises(MissingFile, match=r"There is no recipe file .*gone\.yaml"):
+        read_recipe(tmp_path / "gone.yaml")
+
+
+def test_a_recipe_file_is_read(tmp_path, recipe):
+    path = tmp_path / "mine.yaml"
+    path.write_text(GOOD)
+    assert read_recipe(path) == recipe
