@@ -56,7 +56,7 @@ class Shown:
 
 def demo(
     pictures: Annotated[
-        Path, typer.Option(help="A folder with pictures.json; by default the repository's examples.")
+        Path, typer.Option(help="A folder with pictures.json.", show_default="the repository's examples")
     ] = REPOSITORY_PICTURES,
     out: Annotated[Path, typer.Option("--out", help="The folder for the contact sheet and the page.")] = Path(
         "demo-output"

@@ -70,7 +70,8 @@ def _trained_part(folder: Path, settings: "ModelSettings", part: str) -> dict[st
     if not path.is_file():
         raise BadData(f"{path} is missing. Fetch or write the model folder again.")
     with safe_open(path, framework="pt") as file:
-        shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118: not a dictionary
+        names = file.keys()
+        shapes = [file.get_slice(name).get_shape() for name in names]
     return {"file": path.name, "bytes": path.stat().st_size, "parameters": sum(_product(shape) for shape in shapes)}
 
 

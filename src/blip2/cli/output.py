@@ -108,7 +108,7 @@ def is_bare(inputs: Sequence[Input]) -> bool:
 
 
 def progress_bar(length: int, *, quiet: bool) -> Any:
-    """A bar on standard error, shown where that is a terminal, results go elsewhere, and there is something to wait for."""
+    """A bar on standard error, shown where that is a terminal and results go elsewhere."""
     import typer
 
     is_shown = not quiet and length > 1 and sys.stderr.isatty() and not sys.stdout.isatty()

@@ -125,10 +125,12 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 where there is none or where the EXIF block is broken: the picture may still be good."""
-    try:
-        return image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # EXIF parsing raises anything on hostile bytes
-        return 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of corrupt EXIF
+        try:
+            return image.getexif().get(_ORIENTATION_TAG, 1)
+        except Exception:  # EXIF parsing raises anything on hostile bytes
+            return 1
 
 
 def _over_white(image: Image.Image) -> Image.Image:
