@@ -98,6 +98,11 @@ def test_a_name_that_cannot_be_a_model_is_refused_at_once(load, name):
         load(name)
 
 
+def test_a_misspelt_name_is_answered_with_the_right_one():
+    with pytest.raises(UnknownModel, match=r"Did you mean smollm2-135m-instruct\?"):
+        frozen.load_language("smollm2-135m")
+
+
 def test_a_folder_without_a_config_is_no_model(tmp_path):
     with pytest.raises(UnknownModel, match=r"has no config\.json"):
         frozen.load_vision(str(tmp_path))

@@ -5,6 +5,7 @@ Hugging Face folder, or a model's name on the hub. Weights are read from safeten
 folder is ever run; what transformers itself does not know is refused.
 """
 
+import difflib
 import hashlib
 import io
 import json
@@ -273,6 +274,8 @@ def _local_folder(name: str, known: dict[str, Any]) -> Path:
     unknown = f"{name!r} is neither one of {', '.join(known)}, nor a folder"
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise UnknownModel(f"{unknown}. Check the spelling of the name or path.")
+    if "/" not in name and (meant := difflib.get_close_matches(name, known, n=1, cutoff=0.7)):
+        raise UnknownModel(f"{unknown}. Did you mean {meant[0]}?")  # before half a minute of trying an absent network
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
