@@ -1,6 +1,7 @@
 """Opens the model a command asked for: on the device there is, without the libraries' chatter."""
 
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from blip2.errors import UserError
@@ -18,6 +19,7 @@ def open_model(name: str, part: str, *, device: str = "auto", quiet: bool = Fals
 
     from blip2.inference.loading import load
 
+    warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return load(name, _device(device, torch.cuda.is_available()), parts=[part])

@@ -41,7 +41,7 @@ def load(
     Args:
         name: of a model, or the path of a model folder.
         device: where it computes.
-        dtype: of its weights, the frozen ones included.
+        dtype: of the frozen parts. The trained parts are small and stay float32, as the paper keeps them.
         parts: which of "stage1" (to embed and match) and "generation" (to caption and answer) to load; None: all that
             the model has.
 
@@ -137,6 +137,7 @@ class _Loader:
             )
         self._fill(model, "generation")
         model.language_model = language_model
+        model.eval()
         instruction_tokenizer = self._text_tokenizer() if settings.instruction_aware else None
         return Generator(model, tokenizer, instruction_tokenizer, settings.max_text_tokens)
 
@@ -167,10 +168,9 @@ class _Loader:
         missing, unexpected = model.load_state_dict(state, strict=False)
         if unexpected or set(missing) != from_text_init:
             wrong = sorted({*unexpected, *(set(missing) ^ from_text_init)})
-            raise BadData(
-                f"{self.folder}: the weights of {part!r} do not fit its settings ({', '.join(wrong[:3])} ...)."
-            )
-        model.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+            first = ", ".join(wrong[:3])
+            raise BadData(f"{self.folder}: the weights of {part!r} do not fit its settings; wrong are {first}.")
+        model.to(self.device).eval().requires_grad_(False)
 
     def _check(self, part: native.FrozenPart, network: nn.Module) -> None:
         """Whether a frozen part is the one the model was trained with. Packages were checked when they were fetched."""

@@ -91,6 +91,7 @@ def _open(data: bytes, name: str) -> Image.Image:
     if not data:
         raise BadImage(f"{name} is empty.")
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of corrupt EXIF
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             return Image.open(io.BytesIO(data), formats=FORMATS)
