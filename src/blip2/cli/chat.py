@@ -12,7 +12,7 @@ import typer
 
 from blip2.cli import options
 from blip2.cli.models import open_model
-from blip2.cli.output import note
+from blip2.cli.output import note, printable
 from blip2.errors import UserError
 
 HELP = "Ask about the picture. /image PATH shows another, /reset forgets what was said, /quit leaves."
@@ -81,7 +81,7 @@ class Dialogue:
 
     def _answer(self, question: str) -> None:
         for piece in self._conversation_or_raise().stream(question, **self._chosen):
-            print(piece, end="", flush=True)
+            print(printable(piece), end="", flush=True)
         print(flush=True)
 
     def _conversation_or_raise(self) -> Any:

@@ -14,7 +14,7 @@ import typer
 
 from blip2.cli import options
 from blip2.cli.models import open_model
-from blip2.cli.output import note
+from blip2.cli.output import note, printable
 from blip2.errors import BadData, MissingFile
 
 REPOSITORY_PICTURES = Path(__file__).parents[3] / "examples" / "pictures"
@@ -119,5 +119,6 @@ def look(model: Any, picture: Picture) -> Shown:
 
 
 def _as_text(shown: Shown) -> str:
-    turns = [f"  {question} {answer}" for question, answer in zip(shown.picture.questions, shown.answers, strict=True)]
-    return "\n".join([f"{shown.picture.path.name}: {shown.caption}", *turns])
+    turns = zip(shown.picture.questions, shown.answers, strict=True)
+    lines = [f"  {question} {printable(answer)}" for question, answer in turns]
+    return "\n".join([f"{shown.picture.path.name}: {printable(shown.caption)}", *lines])

@@ -38,7 +38,7 @@ class ResultWriter:
         if self._as_json:
             self._print({"path": path} | record)
             return
-        text = _one_line(record[self._key])
+        text = printable(record[self._key])
         print(text if self._is_bare else f"{path}\t{text}", flush=True)
 
     def failure(self, path: str, error: Exception) -> None:
@@ -121,6 +121,6 @@ def note(text: str, *, quiet: bool = False) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _one_line(text: str) -> str:
-    """The text without line ends, tabs or control characters, which would break the line or move the cursor."""
+def printable(text: str) -> str:
+    """The text without line ends, tabs or other control characters, which break a line or move the cursor."""
     return "".join(character if character.isprintable() else " " for character in text)
