@@ -180,8 +180,6 @@ def test_mistakes_are_one_clear_line_and_exit_code_2(run, folder, tiny, argument
     assert len(result.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    "arguments", [["caption"], ["capton", "a.png"], ["caption", "a.png", "--beam", "3"], ["embed", "a"]]
-)
+@pytest.mark.parametrize("typed", ["caption", "capton a.png", "caption a.png --beam 3", "embed a"])
 def test_wrong_usage_leaves_with_exit_code_2(run, typed):
     assert run(*typed.split()).code == 2
