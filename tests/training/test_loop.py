@@ -2,17 +2,19 @@
 
 import json
 import os
+import resource
 import signal
 
 import pytest
 import torch
 
 from blip2.errors import BadRecipe, Blip2Error, UserError
-from blip2.training.loop import MOST_SKIPS_IN_A_ROW, resolve_precision, train
+from blip2.training.loop import MOST_SKIPS_IN_A_ROW, resolve_precision, seed_step, train
+from blip2.training.optimizer import build_optimizer, learning_rate
 from blip2.training.progress import TIMING, duration, read_metrics
 from blip2.training.state import MODEL, OPTIMIZER, list_checkpoints, load_model, step_of, trainable_state
 
-from .tiny_run import TinyModel, run_tiny, sample_ids, tiny_job, tiny_recipe
+from .tiny_run import TinyModel, run_tiny, sample_ids, start_process, tiny_job, tiny_recipe
 
 
 def files(summary):
@@ -75,6 +77,26 @@ def test_the_loss_falls(tmp_path):
     run_tiny(tmp_path, ["training.steps=200"])
     losses = [line["loss"] for line in lines(tmp_path) if line["kind"] == "train"]
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 2.0])
+def test_a_run_does_what_a_plain_loop_does(tmp_path, max_grad_norm):
+    """Bit for bit: seed, loss, gradient, clip (the norm here is about 10), learning rate, AdamW."""
+    recipe = tiny_recipe("training.steps=20", f"optimizer.max_grad_norm={max_grad_norm}")
+    module, batches = TinyModel().train(), tiny_job(recipe).batches
+    optimizer = build_optimizer(module, recipe.optimizer)
+    for step in range(20):
+        seed_step(recipe.seed, step)
+        module(batches(step))["loss"].backward()
+        if max_grad_norm:
+            decayed, plain = (group["params"] for group in optimizer.param_groups)
+            torch.nn.utils.clip_grad_norm_([*decayed, *plain], max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, recipe.optimizer, 20)
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = load_model(train(tiny_job(recipe), recipe, tmp_path).checkpoint)
+    assert all(torch.equal(trained[name], value) for name, value in trainable_state(module).items())
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
@@ -205,6 +227,27 @@ def test_a_resumed_run_ignores_a_log_line_that_was_cut_short(tmp_path):
     run_tiny(tmp_path / "cut")
     run_tiny(tmp_path / "whole")
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+
+
+def train_with_little_room(run_dir, tell):
+    """Makes 12 steps, then goes on in a process that can write no file beyond 5 kB, as on a full disk."""
+    recipe = tiny_recipe()
+    train(tiny_job(recipe, module=StopsAt(12)), recipe, run_dir)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+    try:
+        train(tiny_job(recipe), recipe, run_dir)
+    except Blip2Error as fault:
+        tell.send(str(fault))
+
+
+def test_a_run_on_a_full_disk_ends_with_what_to_do_and_can_go_on(tmp_path):
+    process, listen = start_process(train_with_little_room, tmp_path / "full")
+    told = listen.recv()
+    process.join()
+    assert "(File too large). The last checkpoint is " in told
+    assert told.endswith("step-000012. Make room and run the same command again.")
+    assert files(run_tiny(tmp_path / "full")) == files(run_tiny(tmp_path / "whole"))
+    assert lines(tmp_path / "full") == lines(tmp_path / "whole")
 
 
 # Resuming on purpose

@@ -10,6 +10,7 @@ needs no reader's state, and a resumed run repeats the uninterrupted one bit for
 
 import base64
 import dataclasses
+import errno
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from blip2.errors import BadRecipe, Blip2Error, UserError
+from blip2.errors import BadRecipe, Blip2Error
 from blip2.training import state as checkpoints
 from blip2.training.optimizer import build_optimizer, learning_rate
 from blip2.training.prefetch import prefetched
@@ -31,6 +32,7 @@ from blip2.training.recipe import Recipe, differences, recipe_from_settings, to_
 from blip2.training.signals import BrokenOff, StopSignals
 
 MOST_SKIPS_IN_A_ROW = 20
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FREE_TO_CHANGE = {"name", "training.log_every", "training.checkpoint_every", "training.keep", "training.evaluate_every"}
 
 Metrics = dict[str, float]
@@ -99,7 +101,7 @@ def train(job: Job, recipe: Recipe, run_dir: str | Path, resume: str | Path = "a
     Raises:
         BadRecipe: the folder's run has another recipe.
         UserError: "never" on a folder with checkpoints, or another process is training into it.
-        Blip2Error: the loss stayed infinite or not a number, or the last checkpoint could not be written.
+        Blip2Error: the loss stayed infinite or not a number, or the disk is full at the end.
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -109,6 +111,10 @@ def train(job: Job, recipe: Recipe, run_dir: str | Path, resume: str | Path = "a
         run = Run(job, recipe, run_dir, resume)
         try:
             return run.go()
+        except OSError as fault:
+            if fault.errno in NO_ROOM:
+                raise Blip2Error(_no_room(run_dir, fault)) from None
+            raise
         finally:
             run.close()
 
@@ -121,7 +127,7 @@ class Run:
         self.optimizer = build_optimizer(job.module, recipe.optimizer)
         self.device = next(job.module.parameters()).device
         self.precision = resolve_precision(recipe.training.precision, self.device)
-        start = choose_start(run_dir, resume)
+        start = checkpoints.choose_start(run_dir, resume)
         notices = _check_same_recipe(start, recipe, run_dir, resume) if start else []
         self.counters = Counters() if start is None else self._take_up(start)
         notices += [
@@ -305,13 +311,7 @@ class Run:
 
     def _end(self, stop: StopSignals) -> Summary:
         counters, steps = self.counters, self.recipe.training.steps
-        try:
-            path = self._save()
-        except OSError as fault:
-            raise Blip2Error(
-                f"Could not save step {counters.step} into {self.run_dir} ({fault.strerror}). The last checkpoint is "
-                f"{checkpoints.newest_checkpoint(self.run_dir) or 'none'}. Make room and run the same command again."
-            ) from None
+        path = self._save()
         self.painter.draw(at_once=counters.step >= steps)  # one that is told to stop leaves soon
         if counters.step < steps:
             self.reporter.say(f"Stopped by {stop.asked} after step {counters.step} of {steps}; saved as {path}.")
@@ -362,22 +362,14 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bfloat16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
 
 
+def _no_room(run_dir: Path, fault: OSError) -> str:
+    return (
+        f"Could not write into {run_dir} ({fault.strerror}). The last checkpoint is "
+        f"{checkpoints.newest_checkpoint(run_dir) or 'none'}. Make room and run the same command again."
+    )
+
+
 # Resuming
-
-
-def choose_start(run_dir: Path, resume: str | Path) -> Path | None:
-    """The checkpoint a run starts from, or None for a fresh start.
-
-    Raises:
-        UserError: resume is "never", but the folder holds a run.
-    """
-    if resume == "auto":
-        return checkpoints.newest_checkpoint(run_dir)
-    if resume == "never":
-        if checkpoints.list_checkpoints(run_dir):
-            raise UserError(f"{run_dir} already holds a run: choose another --out, or remove that folder first.")
-        return None
-    return checkpoints.find_checkpoint(resume)
 
 
 def _check_same_recipe(start: Path, recipe: Recipe, run_dir: Path, resume: str | Path) -> list[str]:
@@ -386,7 +378,12 @@ def _check_same_recipe(start: Path, recipe: Recipe, run_dir: Path, resume: str |
     Raises:
         BadRecipe: resuming is automatic, and a setting that decides what is learnt has changed.
     """
-    saved = recipe_from_settings(checkpoints.read_state(start)["recipe"], f"{start}/state.json")
+    try:
+        saved = recipe_from_settings(checkpoints.read_state(start)["recipe"], f"{start}/state.json")
+    except BadRecipe:
+        if resume == "auto":
+            raise
+        return ["The checkpoint's recipe is of another version of blip2"]
     changed = {path: pair for path, pair in differences(saved, recipe).items() if path not in FREE_TO_CHANGE}
     told = [f"{path} is {new!r} here, {old!r} there" for path, (old, new) in changed.items()]
     if resume == "auto" and set(changed) - {"training.steps", "training.threads"}:

@@ -7,7 +7,6 @@ imported by name. The resolved recipe is kept in every checkpoint and can be run
 """
 
 import dataclasses
-import difflib
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
@@ -19,6 +18,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from blip2.errors import BadRecipe, MissingFile
+from blip2.training.recipe_faults import explain, hint, hint_at_setting, setting_paths
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
@@ -206,6 +206,7 @@ class Recipe:
 
 
 _RECIPE = TypeAdapter(Recipe)
+_SETTINGS = tuple(setting_paths(Recipe))
 
 
 # Reading
@@ -229,7 +230,7 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
         return parse_recipe(path.read_text(encoding="utf-8"), str(path))
     if name not in shipped_recipes():
         raise BadRecipe(
-            f"There is no built-in recipe {name!r}{_nearest(name, shipped_recipes()) or '.'} "
+            f"There is no built-in recipe {name!r}{hint(name, shipped_recipes())} "
             f"Built-in recipes: {', '.join(shipped_recipes())}. A file of your own ends in .yaml."
         )
     return parse_recipe(resources.files("blip2").joinpath(f"recipes/{name}.yaml").read_text(encoding="utf-8"), name)
@@ -277,7 +278,7 @@ def recipe_from_settings(settings: Mapping[str, Any], source: str) -> Recipe:
     try:
         return _RECIPE.validate_python(dict(settings))
     except ValidationError as fault:
-        raise BadRecipe("\n".join(f"{source}: {_explain(error)}" for error in fault.errors())) from None
+        raise BadRecipe("\n".join(f"{source}: {explain(error, _SETTINGS)}" for error in fault.errors())) from None
 
 
 def apply_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
@@ -298,7 +299,7 @@ def apply_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
         try:
             _put(settings, path.strip().split("."), yaml.safe_load(value))
         except (LookupError, TypeError, ValueError):
-            raise BadRecipe(f"--set {override}: {path} is no setting{_nearest_setting(path) or '.'}") from None
+            raise BadRecipe(f"--set {override}: {path} is no setting{hint_at_setting(path, _SETTINGS)}") from None
         except yaml.YAMLError:
             raise BadRecipe(f"--set {override}: {value!r} is no YAML value.") from None
     return recipe_from_settings(settings, "--set")
@@ -368,47 +369,3 @@ def _lines_with_help(section: Any, indent: str) -> Iterator[str]:
         if isinstance(plain, tuple | list):
             plain = [TypeAdapter(type(item)).dump_python(item, mode="json") for item in value]
         yield textwrap.indent(yaml.safe_dump({name: plain}, sort_keys=False, allow_unicode=True), indent)
-
-
-# Explaining faults
-
-
-def _explain(error: Any) -> str:
-    """One line about one fault: the setting's path, what is wrong, what to do."""
-    path = ".".join(str(part) for part in error["loc"])
-    match error["type"]:
-        case "unexpected_keyword_argument":
-            return f"{path} is no setting{_nearest_setting(path) or '.'}"
-        case "missing" | "missing_argument" | "missing_keyword_only_argument":
-            return f"{path} is missing and has no default."
-        case "value_error":
-            return f"{path}: {error['ctx']['error']}." if path else f"{error['ctx']['error']}."
-        case "dataclass_type":
-            return f"{path} is {error['input']!r}: it should hold settings of its own."
-        case _:
-            return f"{path} is {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}."
-
-
-def _nearest_setting(path: str) -> str:
-    """A hint at the setting that was probably meant: a like name in that section, else the same name in another."""
-    known = list(_setting_paths(Recipe, ""))
-    last = path.rpartition(".")[2]
-    elsewhere = [name for name in known if name.rpartition(".")[2] == last]
-    near = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
-    return f"; did you mean {(elsewhere or near)[0]}?" if elsewhere or near else ""
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
-def _setting_paths(section: type, prefix: str) -> Iterator[str]:
-    for name, field in section.__pydantic_fields__.items():
-        if dataclasses.is_dataclass(field.annotation):
-            yield from _setting_paths(field.annotation, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-            items = [kind for kind in get_args(field.annotation) if dataclasses.is_dataclass(kind)]
-            for item in items:
-                yield from _setting_paths(item, f"{prefix}{name}.0.")

@@ -174,6 +174,21 @@ def is_complete(checkpoint: Path) -> bool:
         return False
 
 
+def choose_start(run_dir: Path, resume: str | Path) -> Path | None:
+    """The checkpoint a run starts from, or None for a fresh start.
+
+    Raises:
+        UserError: resume is "never", but the folder holds a run.
+    """
+    if resume == "auto":
+        return newest_checkpoint(run_dir)
+    if resume == "never":
+        if list_checkpoints(run_dir):
+            raise UserError(f"{run_dir} already holds a run: choose another --out, or remove that folder first.")
+        return None
+    return find_checkpoint(resume)
+
+
 def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
     """The checkpoint that a path means: itself, or the newest complete one of a run's folder.
 
