@@ -138,8 +138,8 @@ def test_embed_leaves_nothing_half_written(run, folder, tiny, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", fail)
-    with pytest.raises(OSError, match="No space left"):
-        run("embed", "a cup", "--out", "vectors.npz", "-m", tiny)
+    result = run("embed", "a cup", "--out", "vectors.npz", "-m", tiny)
+    assert result.code == 2 and result.err.splitlines()[-1].endswith(": No space left on device")
     assert not [path.name for path in folder.iterdir() if "vectors" in path.name]
 
 
@@ -163,7 +163,7 @@ def test_info_lists_models_and_tells_of_one(run, folder, tiny, monkeypatch):
         (["caption", "pictures/a.png", "--model", "no-such-model"], "No model is called 'no-such-model'"),
         (["caption", "pictures/a.png", "--model", "pictures"], "pictures is no model folder: it has no blip2.json"),
         (["caption", "pictures/a.png", "-m", "TINY", "--top-p", "0.5"], "top_p has no effect without sampling"),
-        (["caption", "pictures/a.png", "-m", "TINY", "--device", "tpu"], "There is no device 'tpu'"),
+        (["caption", "pictures/a.png", "-m", "TINY", "--device", "tpu"], "There is no device 'tpu' here"),
         (["ask", "pictures/a.png", " ", "-m", "TINY"], "The question is empty"),
         (["ask", "pictures/a.png", "what ?", "--answers", "a,,b", "-m", "TINY"], "holds an empty answer"),
         (["ask", "pictures/a.png", "what ?", "--answers", "a", "--beams", "2"], "--answers chooses from a list"),

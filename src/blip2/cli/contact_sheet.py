@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 if TYPE_CHECKING:
     from blip2.cli.demo import Shown
@@ -44,6 +44,7 @@ def contact_sheet(shown: Sequence["Shown"]) -> Image.Image:
 
 def _lines(shown: "Shown", font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[Line]:
     lines = [Line(text, INK) for text in wrap(shown.caption, PICTURE_SIDE, font)]
+    lines.append(Line("", INK))  # a gap below the caption
     for question, answer in zip(shown.picture.questions, shown.answers, strict=True):
         lines += [Line(text, SOFT) for text in wrap(question, PICTURE_SIDE, font)]
         lines += [Line(text, INK) for text in wrap(answer, PICTURE_SIDE - 2 * MARGIN, font, indent="    ")]
@@ -74,8 +75,7 @@ def _draw_card(
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
 ) -> None:
     left, top = corner
-    small = image.copy()
-    small.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    small = ImageOps.contain(image, (PICTURE_SIDE, PICTURE_SIDE))
     draw = ImageDraw.Draw(sheet)
     draw.rectangle((left, top, left + PICTURE_SIDE - 1, top + PICTURE_SIDE - 1), fill="white")
     sheet.paste(small, (left + (PICTURE_SIDE - small.width) // 2, top + (PICTURE_SIDE - small.height) // 2))

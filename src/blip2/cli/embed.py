@@ -34,11 +34,13 @@ def embed(
     if not images and not texts:
         raise typer.Exit(2)
     opened = open_model(model, "stage1", device=device, quiet=quiet)
+    import numpy as np
+
     arrays: dict[str, Any] = {}
     if images:
-        arrays |= {"image_paths": paths, "image_embeds": _embed_images(opened, images, batch_size, quiet)}
+        arrays |= {"image_paths": np.asarray(paths), "image_embeds": _embed_images(opened, images, batch_size, quiet)}
     if texts:
-        arrays |= {"texts": texts, "text_embeds": opened.embed_texts(texts)}
+        arrays |= {"texts": np.asarray(texts), "text_embeds": opened.embed_texts(texts)}
     _write(out, arrays)
     note(f"{out}: {len(images)} pictures, {len(texts)} texts", quiet=quiet)
     raise typer.Exit(1 if num_bad else 0)
@@ -92,7 +94,7 @@ def _write(out: Path, arrays: dict[str, Any]) -> None:
     beside = out.with_name(f".{out.name}.writing-{os.getpid()}.npz")
     try:
         with beside.open("wb") as file:
-            np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
+            np.savez(file, **arrays)
         beside.replace(out)
     finally:
         beside.unlink(missing_ok=True)

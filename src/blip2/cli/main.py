@@ -13,6 +13,7 @@ from blip2 import __version__
 from blip2.cli.ask import ask
 from blip2.cli.caption import caption
 from blip2.cli.chat import chat
+from blip2.cli.data import app as data
 from blip2.cli.demo import demo
 from blip2.cli.embed import embed
 from blip2.cli.info import info
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 for command in (caption, ask, chat, match, embed, info, demo, train):
     app.command()(command)
+app.add_typer(data, name="data")
 
 
 def _show_version(is_asked: bool) -> None:
@@ -56,6 +58,9 @@ def main() -> None:
     except Blip2Error as error:
         print(f"blip2: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"blip2: {error.filename or 'A file could not be read or written'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

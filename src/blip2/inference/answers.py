@@ -72,5 +72,5 @@ def score_answers(
 def rank(scores: Tensor, answers: Sequence[str]) -> list[RankedAnswer]:
     """Answers with their scores (A,), the most probable first; of equal ones the earlier in the list."""
     shares = scores.softmax(dim=0)  # (A,)
-    order = scores.argsort(descending=True, stable=True)
-    return [RankedAnswer(answers[i], float(scores[i]), float(shares[i])) for i in order.tolist()]
+    order: list[int] = scores.argsort(descending=True, stable=True).tolist()
+    return [RankedAnswer(answers[i], float(scores[i]), float(shares[i])) for i in order]

@@ -7,7 +7,7 @@ One pass of the encoder serves both parts. A model may lack either part; what ne
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Unpack, overload
+from typing import Unpack, cast, overload
 
 import numpy as np
 import torch
@@ -242,8 +242,9 @@ class Blip2:
 
 def _rows(images: Images) -> tuple[list[ImageSource], bool]:
     """The images as a list, and whether it was one image and no list."""
-    is_one = not isinstance(images, list | tuple)
-    return ([images] if is_one else list(images)), is_one
+    if isinstance(images, list | tuple):
+        return list(images), False
+    return [cast(ImageSource, images)], True
 
 
 def _in_kind(texts: list[str], is_one: bool) -> str | list[str]:

@@ -145,7 +145,8 @@ class _Loader:
         network, hf_tokenizer = frozen.load_language(part.name, dtype=self.dtype)
         self._check(part, network)
         tokenizer = LanguageTokenizer(hf_tokenizer)
-        return wrap_language_model(network.to(self.device), tokenizer), tokenizer
+        language_model = wrap_language_model(network, tokenizer)
+        return language_model.to(self.device), tokenizer
 
     def _text_start(self) -> frozen.TextInit:
         """The text initialisation's weights and its tokenizer's file."""
