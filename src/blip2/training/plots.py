@@ -87,7 +87,9 @@ def _panels(count: int) -> tuple[Any, Any]:
     rows = -(-count // columns)
     figure = Figure(figsize=(max(6, 4 * columns), 3 * rows if count > 1 else 4))
     FigureCanvasAgg(figure)
-    figure.subplots_adjust(hspace=0.4, wspace=0.3)
+    figure.subplots_adjust(
+        left=0.12 / columns + 0.02, right=0.98, top=0.9, bottom=0.12 / rows + 0.02, hspace=0.4, wspace=0.3
+    )
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for unused in axes[count:]:
         unused.set_axis_off()

@@ -1,0 +1,117 @@
+"""Image features kept on disk, so that a frozen encoder sees each picture once and not once an epoch.
+
+One folder a cache: `features.f16` (rows, N, C) and `cache.json`, which names what the rows were made from. A cache made
+from other weights, pictures or views is another key and is never read by mistake. Building can be stopped at any time
+and goes on where it was.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from blip2.errors import BadData
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """What decides the contents of a cache.
+
+    Attributes:
+        encoder: sha256 of the encoder's weights.
+        pictures: sha256 of the pictures' shards.
+        views: how views of a picture are made, in words; changes when the code of the views changes.
+        num_rows: pictures times views.
+        shape: (N, C) of one row.
+    """
+
+    encoder: str
+    pictures: str
+    views: str
+    num_rows: int
+    shape: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """Short and unique: the folder's name."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+class FeatureCache:
+    """A complete cache, read row by row from a memory map."""
+
+    def __init__(self, folder: Path, key: CacheKey) -> None:
+        """Opens the cache of `key` in `folder`.
+
+        Raises:
+            BadData: it is not complete, or was made from something else.
+        """
+        described = _read_description(folder)
+        if described.get("key") != _plain(key):
+            raise BadData(f"{folder} holds features of other weights, pictures or views. Delete it; it will be rebuilt.")
+        if described["rows_done"] != key.num_rows:
+            raise BadData(f"{folder} is not complete: {described['rows_done']} of {key.num_rows} rows.")
+        self._rows = np.memmap(folder / "features.f16", np.float16, "r", shape=(key.num_rows, *key.shape))
+
+    def __len__(self) -> int:
+        return self._rows.shape[0]
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Features (len(rows), N, C) float16 of the numbered rows."""
+        return self._rows[rows]
+
+
+def open_or_build(
+    parent: Path, key: CacheKey, encode: Callable[[range], np.ndarray], *, chunk: int = 64, progress: Callable | None = None
+) -> FeatureCache:
+    """The cache of `key` under `parent`; rows that are missing are made first.
+
+    Args:
+        encode: gives features (len(range), N, C) of the rows in a range.
+        chunk: rows a call.
+        progress: called with (rows done, rows in all) after each chunk.
+    """
+    folder = parent / key.name
+    folder.mkdir(parents=True, exist_ok=True)
+    described = _read_description(folder)
+    if described.get("key") not in (None, _plain(key)):
+        raise BadData(f"{folder} holds features of something else. Delete it; it will be rebuilt.")
+    done = described.get("rows_done", 0)
+    path = folder / "features.f16"
+    if done < key.num_rows:
+        mode = "r+" if path.exists() else "w+"
+        rows = np.memmap(path, np.float16, mode, shape=(key.num_rows, *key.shape))
+        while done < key.num_rows:
+            until = min(done + chunk, key.num_rows)
+            rows[done:until] = encode(range(done, until))
+            done = until
+            if done % (chunk * 16) == 0 or done == key.num_rows:
+                rows.flush()
+                _write_description(folder, key, done)
+            if progress:
+                progress(done, key.num_rows)
+        del rows
+    return FeatureCache(folder, key)
+
+
+def _plain(key: CacheKey) -> dict:
+    return json.loads(json.dumps(asdict(key)))
+
+
+def _read_description(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "cache.json").read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise BadData(f"{folder / 'cache.json'} cannot be read: {type(error).__name__}. Delete the folder.") from None
+
+
+def _write_description(folder: Path, key: CacheKey, done: int) -> None:
+    temporary = folder / "cache.json.partial"
+    temporary.write_text(json.dumps({"key": _plain(key), "rows_done": done}, indent=1))
+    os.replace(temporary, folder / "cache.json")

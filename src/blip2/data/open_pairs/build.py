@@ -1,0 +1,125 @@
+"""Builds the open training set: packages -> pictures -> splits -> shards, aside and then renamed.
+
+    train_pairs         stamps, clip art and three styles of emoji; no held-out concept
+    held_out_concepts   the same sources, the tenth of the concepts that training never sees
+    held_out_style      Twemoji, all concepts that some training style has
+    train_scenes, new_scenes, new_noun_pairs     composed of train_pairs' cut-outs
+    easy_vqa_train, easy_vqa_test                its official split
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+from blip2 import registry
+from blip2.data.open_pairs.clipart import read_clipart
+from blip2.data.open_pairs.easy_vqa import read_easy_vqa
+from blip2.data.open_pairs.emoji import HELD_OUT_STYLE, TRAINING_STYLES, read_emoji
+from blip2.data.open_pairs.picture import Picture, as_sample, is_held_out
+from blip2.data.open_pairs.scenes import CutOut, measured_colour, scene_sample
+from blip2.data.open_pairs.stamps import read_stamps
+from blip2.data.open_pairs.vocabulary import SCENE_NOUNS
+from blip2.data.sample import Sample
+from blip2.data.shards import Shard, write_manifest, write_split
+from blip2.errors import UserError
+
+SCENES = {"new_scenes": 1500, "new_noun_pairs": 1500}
+CUTOUT_SIDE = 200  # pixels; no thing in a scene is larger
+Say = Callable[[str], None]
+
+
+def build_open_pairs(folder: Path, *, seed: int = 0, num_scenes: int = 24_000, force: bool = False, say: Say = print) -> None:
+    """Builds the whole set into `folder`.
+
+    Args:
+        seed: decides the scenes.
+        num_scenes: scenes to train on.
+        force: replace a set that is there.
+        say: told what is being done.
+
+    Raises:
+        UserError: `folder` is there and `force` is not given.
+        DownloadFailed: a package cannot be had.
+    """
+    if folder.exists() and not force:
+        raise UserError(f"{folder} is there already. Give --force to build it again, or --out for another place.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        _write_all(aside, seed, num_scenes, say)
+        aside.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _write_all(folder: Path, seed: int, num_scenes: int, say: Say) -> None:
+    training = [*_told("stamps", read_stamps(), say), *_told("clip art", read_clipart(), say)]
+    for style in TRAINING_STYLES:
+        training += _told(style, read_emoji(style), say)
+    known = {picture.concept for picture in training}
+    twemoji = [p for p in _told(HELD_OUT_STYLE, read_emoji(HELD_OUT_STYLE), say) if p.concept in known]
+    shown = [picture for picture in training if not is_held_out(picture.concept)]
+    hidden = [picture for picture in training if is_held_out(picture.concept)]
+    splits: dict[str, list[Shard]] = {}
+    for split, pictures in (("train_pairs", shown), ("held_out_concepts", hidden), ("held_out_style", twemoji)):
+        say(f"{split}: {len(pictures):,} pictures")
+        splits[split] = write_split(folder, split, _numbered(pictures))
+    cutouts = scene_cutouts(shown)
+    say(f"scenes are composed of {sum(map(len, cutouts.values()))} cut-outs of {len(cutouts)} nouns")
+    for split, count in {"train_scenes": num_scenes, **SCENES}.items():
+        splits[split] = write_split(folder, split, _scenes(split, count, seed, cutouts))
+        say(f"{split}: {count:,} scenes")
+    for part in ("train", "test"):
+        splits[f"easy_vqa_{part}"] = write_split(folder, f"easy_vqa_{part}", read_easy_vqa(part))
+    sources = {key: {"sha256": registry.PACKAGES[key].sha256, "licence": registry.PACKAGES[key].licence} for key in registry.TRAINING_DATA}
+    write_manifest(folder, "open-pairs", splits, seed=seed, sources=sources, scene_nouns=sorted(cutouts))
+
+
+def scene_cutouts(pictures: Sequence[Picture]) -> dict[str, list[CutOut]]:
+    """Cut-outs of each noun of the vocabulary that the pictures show, at most CUTOUT_SIDE pixels."""
+    found: dict[str, list[CutOut]] = {}
+    wanted = set(SCENE_NOUNS)
+    for picture in pictures:
+        if picture.concept not in wanted or picture.source == "clipart":
+            continue
+        image = picture.cutout.copy()
+        if image.getchannel("A").getextrema()[0] > 250:  # no transparency: a rectangle, not a thing
+            continue
+        image.thumbnail((CUTOUT_SIDE, CUTOUT_SIDE), Image.Resampling.LANCZOS)
+        found.setdefault(picture.concept, []).append(CutOut(image, measured_colour(image), picture.style))
+    return found
+
+
+def _told(name: str, pictures: Iterator[Picture], say: Say) -> list[Picture]:
+    read = list(pictures)
+    say(f"{name}: {len(read):,} pictures read")
+    return read
+
+
+def _numbered(pictures: Sequence[Picture]) -> Iterator[Sample]:
+    return (as_sample(picture, number) for number, picture in enumerate(pictures))
+
+
+_worker: dict = {}  # a pool's worker keeps its cut-outs here, instead of receiving them with every scene
+
+
+def _start_worker(cutouts: dict[str, list[CutOut]]) -> None:
+    _worker["cutouts"] = cutouts
+
+
+def _one_scene(task: tuple[str, int, int]) -> Sample:
+    return scene_sample(*task, _worker["cutouts"])
+
+
+def _scenes(split: str, count: int, seed: int, cutouts: dict[str, list[CutOut]]) -> Iterator[Sample]:
+    tasks = [(split, number, seed) for number in range(count)]
+    with ProcessPoolExecutor(os.cpu_count(), initializer=_start_worker, initargs=(cutouts,)) as pool:
+        yield from pool.map(_one_scene, tasks, chunksize=64)

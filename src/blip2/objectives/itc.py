@@ -1,0 +1,68 @@
+"""Image-text contrast (paper, section 3.1): find the text of an image, and the image of a text, in the batch.
+
+Shapes: B pairs of this rank, W pairs of the world (W = B on one process), Q queries, E embedding width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Similarities:
+    """Temperature-scaled similarities of this rank's pairs with the world's: both (B, W)."""
+
+    image_to_text: Tensor
+    text_to_image: Tensor
+
+
+def image_text_similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """Cosine similarity of each image with each text: that of the image's best query.
+
+    Args:
+        image_embeds: (B, Q, E), unit length along E.
+        text_embeds: (C, E), unit length along E.
+
+    Returns:
+        (B, C), in [-1, 1].
+    """
+    return torch.einsum("bqe,ce->bcq", image_embeds, text_embeds).amax(dim=-1)
+
+
+def similarities(
+    image_embeds: Tensor, text_embeds: Tensor, all_image_embeds: Tensor, all_text_embeds: Tensor, temperature: Tensor
+) -> Similarities:
+    """Similarities divided by the temperature.
+
+    Args:
+        image_embeds, text_embeds: (B, Q, E) and (B, E) of this rank.
+        all_image_embeds, all_text_embeds: (W, Q, E) and (W, E) of the world.
+        temperature: scalar.
+    """
+    return Similarities(
+        image_to_text=image_text_similarity(image_embeds, all_text_embeds) / temperature,
+        text_to_image=image_text_similarity(all_image_embeds, text_embeds).T / temperature,
+    )
+
+
+def itc_loss(similarity: Similarities, is_positive: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
+    """Mean of the two cross-entropies against targets spread evenly over the positives, smoothed over the world.
+
+    Args:
+        similarity: from `similarities`.
+        is_positive: (B, W) bool; own pair, and pairs with an equal caption or the same image.
+        label_smoothing: share of the target spread over all W (LAVIS: 0.1, with or without image ids).
+    """
+    positives = is_positive.float()
+    uniform = 1.0 / is_positive.shape[1]
+    targets = (1 - label_smoothing) * positives / positives.sum(dim=1, keepdim=True) + label_smoothing * uniform
+    image_side = F.cross_entropy(similarity.image_to_text, targets)
+    text_side = F.cross_entropy(similarity.text_to_image, targets)
+    return (image_side + text_side) / 2
+
+
+def same_group(groups: Tensor, all_groups: Tensor) -> Tensor:
+    """Which pairs share a group (an image, or an equal caption): (B,), (W,) -> (B, W) bool."""
+    return groups[:, None] == all_groups[None, :]

@@ -1,0 +1,22 @@
+"""Image-grounded text generation: next-token cross-entropy of the caption after the queries (paper, section 3.1)."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def caption_inputs(input_ids: Tensor, bos_id: int) -> Tensor:
+    """The caption as the decoder reads it: its first token ([CLS]) replaced by [DEC]. (B, T) -> (B, T)."""
+    replaced = input_ids.clone()
+    replaced[:, 0] = bos_id
+    return replaced
+
+
+def itg_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
+    """Mean cross-entropy over real tokens.
+
+    Args:
+        logits: (M, V), the predictions of M tokens.
+        targets: (M,), the tokens.
+        label_smoothing: LAVIS uses 0.1.
+    """
+    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)

@@ -1,0 +1,188 @@
+"""From the position in a run to the batch there: which samples, which view, which text, all from the seed alone.
+
+positions of batch i  ->  data/order.py  ->  (source, sample)  ->  features of a view + tokens  ->  Stage1Batch | Stage2Batch
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from blip2.data.features import FeatureCache
+from blip2.data.order import mixture_draw
+from blip2.data.sample import Question, Sample
+from blip2.model.stage1 import Text
+from blip2.preprocessing.prompts import question_prompt
+from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer, TextBatch
+from blip2.training.recipe import DataSection
+from blip2.training.stage1 import Stage1Batch
+from blip2.training.stage2 import Stage2Batch
+
+
+@dataclass(frozen=True)
+class Source:
+    """A split with its image features.
+
+    Attributes:
+        samples: the split.
+        features: row `sample * num_views + view`.
+        num_views: cached views of a picture.
+        weight: share in the mixture.
+        questions: (sample, question) pairs when the task is answering, else None.
+    """
+
+    samples: Sequence[Sample]
+    features: FeatureCache
+    num_views: int
+    weight: float
+    questions: Sequence[tuple[int, Question]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples) if self.questions is None else len(self.questions)
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample of a batch: its picture, the feature row of the view, and its question if that is the task."""
+
+    sample: Sample
+    features: np.ndarray
+    question: Question | None
+    rng: np.random.Generator
+
+
+class ItemReader:
+    """Position -> item, for a mixture of sources."""
+
+    def __init__(self, sources: Sequence[Source], data: DataSection, seed: int) -> None:
+        self.sources = sources
+        self.seed = seed
+        self.image_token_share = data.image_token_share
+        self._weights = [source.weight for source in sources]
+        self._sizes = [len(source) for source in sources]
+
+    def items(self, first: int, count: int) -> list[Item]:
+        """The samples at positions first ... first + count - 1 of the run."""
+        return [self._item(position) for position in range(first, first + count)]
+
+    def _item(self, position: int) -> Item:
+        draw = mixture_draw(self.seed, position, self._weights, self._sizes)
+        source = self.sources[draw.source]
+        rng = np.random.default_rng([self.seed, 1, position])
+        index, question = (draw.index, None) if source.questions is None else source.questions[draw.index]
+        view = int(rng.integers(source.num_views))
+        features = source.features.read(index * source.num_views + view)  # (N, Dv)
+        if self.image_token_share < 1:
+            kept = max(1, round(len(features) * self.image_token_share))
+            features = features[np.sort(rng.permutation(len(features))[:kept])]
+        return Item(source.samples[index], features, question, rng)
+
+
+class Stage1Batches:
+    """Batch number -> Stage1Batch."""
+
+    def __init__(self, reader: ItemReader, tokenizer: QFormerTokenizer, data: DataSection, batch_size: int) -> None:
+        self.reader, self.tokenizer, self.data, self.batch_size = reader, tokenizer, data, batch_size
+
+    def __call__(self, number: int) -> Stage1Batch:
+        """The batch at positions number * batch_size and after."""
+        items = self.reader.items(number * self.batch_size, self.batch_size)
+        captions = [self._caption(item) for item in items]
+        told = [self._told(item, caption) for item, caption in zip(items, captions, strict=True)]
+        return Stage1Batch(
+            image_features=_stacked(items),
+            text=self._tokens(captions),
+            groups=groups([item.sample for item in items]),
+            told=self._tokens(told) if told != captions else None,
+        )
+
+    def _tokens(self, texts: Sequence[str]) -> Text:
+        return as_text(self.tokenizer.encode(texts, self.data.max_text_length))
+
+    def _told(self, item: Item, caption: str) -> str:
+        """What ITG reads: the caption, or one of the picture's questions with its answer."""
+        questions = item.sample.questions
+        if questions and item.rng.random() < self.data.question_share:
+            chosen = questions[int(item.rng.integers(len(questions)))]
+            return f"{chosen.question} {chosen.answer}"
+        return caption
+
+    def _caption(self, item: Item) -> str:
+        caption = item.sample.captions[int(item.rng.integers(len(item.sample.captions)))]
+        tags = item.sample.tags
+        if tags and item.rng.random() < self.data.tag_share:
+            chosen = item.rng.permutation(len(tags))[:3]
+            return ", ".join([caption, *(tags[i] for i in chosen)])
+        return caption
+
+
+@dataclass(frozen=True)
+class PromptTexts:
+    """What the LLM continues, and what the Q-Former reads, for a caption and for a question."""
+
+    caption: str
+    caption_instruction: str
+    question: str
+
+
+class Stage2Batches:
+    """Batch number -> Stage2Batch."""
+
+    def __init__(
+        self,
+        reader: ItemReader,
+        language_tokenizer: LanguageTokenizer,
+        data: DataSection,
+        batch_size: int,
+        prompts: PromptTexts,
+        *,
+        instruction_tokenizer: QFormerTokenizer | None = None,
+    ) -> None:
+        """`instruction_tokenizer` is given for a model whose Q-Former reads the instruction."""
+        self.reader, self.data, self.batch_size, self.prompts = reader, data, batch_size, prompts
+        self.language_tokenizer, self.instruction_tokenizer = language_tokenizer, instruction_tokenizer
+
+    def __call__(self, number: int) -> Stage2Batch:
+        """The batch at positions number * batch_size and after."""
+        items = self.reader.items(number * self.batch_size, self.batch_size)
+        texts = [self._texts(item) for item in items]
+        return self.batch(_stacked(items), *zip(*texts, strict=True))
+
+    def batch(
+        self, features: Tensor, instructions: Sequence[str], prompts: Sequence[str], targets: Sequence[str]
+    ) -> Stage2Batch:
+        """Tokenised texts beside ready features (B, N, Dv)."""
+        data = self.data
+        instruction = None
+        if self.instruction_tokenizer is not None:
+            instruction = as_text(self.instruction_tokenizer.encode(list(instructions), data.max_text_length))
+        target = self.language_tokenizer.encode_targets(list(targets), max_length=data.max_text_length)
+        prompt = self.language_tokenizer.encode_prompts(list(prompts))
+        return Stage2Batch(features, as_text(prompt), as_text(target), instruction)
+
+    def _texts(self, item: Item) -> tuple[str, str, str]:
+        """Instruction, prompt and target of an item."""
+        if item.question is not None:
+            question = item.question.question
+            return question, question_prompt(question, self.prompts.question), item.question.answer
+        caption = item.sample.captions[int(item.rng.integers(len(item.sample.captions)))]
+        return self.prompts.caption_instruction, self.prompts.caption, caption
+
+
+def as_text(batch: TextBatch) -> Text:
+    """The tokenizer's batch as the model's input."""
+    return Text(batch.input_ids, batch.attention_mask)
+
+
+def groups(samples: Sequence[Sample]) -> Tensor:
+    """(B,) numbers, equal where the concept or, without one, the first caption is: such pairs are no negatives."""
+    names = [(sample.concept or sample.captions[0]).casefold() for sample in samples]
+    numbers = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") for name in names]
+    return torch.tensor(numbers, dtype=torch.long)
+
+
+def _stacked(items: Sequence[Item]) -> Tensor:
+    return torch.from_numpy(np.stack([item.features for item in items])).float()  # (B, N, Dv)
