@@ -40,7 +40,7 @@ def hint(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else "."
 
 
-def setting_paths(section: type, prefix: str = "") -> Iterator[str]:
+def setting_paths(section: Any, prefix: str = "") -> Iterator[str]:
     """Paths of all settings below a section, such as optimizer.learning_rate and data.mixture.0.split."""
     for name, field in section.__pydantic_fields__.items():
         if dataclasses.is_dataclass(field.annotation):
