@@ -29,7 +29,7 @@ def test_scores_are_the_log_probabilities_of_the_whole_answers(model, images):
     for image, question, ranking in zip(images, questions, rankings, strict=False):
         for row in ranking:
             expected = plain_score(model, image, question, row.text)
-            assert row.log_probability == pytest.approx(float(expected), abs=1e-3)  # sums near -40; measured 2e-5
+            assert row.log_probability == pytest.approx(float(expected), abs=2e-4)  # of -100; measured 2.3e-5
 
 
 def test_the_answer_is_the_one_with_the_greatest_score(model, images):
@@ -48,7 +48,7 @@ def test_more_pairs_than_go_in_one_pass_give_the_same_scores(model, images, monk
     given = (generator.language_model, generator.tokenizer, visual_prompt, ["what ?"] * 5, ANSWERS)
     at_once = score_answers(*given)
     monkeypatch.setattr("blip2.inference.answers.ROWS_AT_ONCE", 3)
-    assert torch.allclose(at_once, score_answers(*given), atol=1e-3)
+    assert torch.allclose(at_once, score_answers(*given), atol=2e-4)
     assert at_once.shape == (5, 4)
 
 

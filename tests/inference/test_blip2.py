@@ -10,10 +10,11 @@ from blip2.errors import MissingPart, UserError
 
 from .tiny_model import make_tiny_model
 
-# One row of a batch is computed by other kernels than the same row alone; worst difference measured: 5e-6.
-CLOSE = {"atol": 5e-5, "rtol": 0}
+# One row of a batch is computed by other kernels than the same row alone; worst difference measured: 1.5e-7.
+CLOSE = {"atol": 2e-6, "rtol": 0}
 
 
+@pytest.mark.filterwarnings("ignore:Passing .repetition_penalty")
 @pytest.mark.parametrize(
     "options", [{}, {"num_beams": 3}, {"num_beams": 2, "length_penalty": -1.0}, {"repetition_penalty": 1.5}]
 )
@@ -139,9 +140,8 @@ def test_matches_are_the_cosine_of_the_best_query_and_the_probability_of_the_joi
     retriever = model.retriever
     logits = retriever.model.match(model.image_features(images[0]).expand(3, -1, -1), retriever._tokenise(texts))
     assert np.allclose([match.itm for match in matches], logits.softmax(dim=-1)[:, 1].detach(), **CLOSE)
-    assert matches[2] == pytest.approx(model.match(images[0], "one")[0]) or np.isclose(
-        matches[2].itm, model.match(images[0], "one")[0].itm, **CLOSE
-    )
+    (alone,) = model.match(images[0], "one")
+    assert np.allclose([matches[2].itc, matches[2].itm], [alone.itc, alone.itm], **CLOSE)
 
 
 def test_text_longer_than_the_qformer_reads_is_cut(model):

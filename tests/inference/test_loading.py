@@ -86,7 +86,7 @@ def test_bfloat16_says_nearly_the_same(tiny, model, images):
     half = blip2.load(tiny.model, dtype=torch.bfloat16)
     assert half.caption(images[0], max_new_tokens=5)
     difference = abs(half.embed_images(images) - model.embed_images(images)).max()
-    assert difference < 0.1  # bfloat16 keeps 8 bits; measured 0.03
+    assert difference < 0.1  # bfloat16 keeps 8 bits; measured 0.011
 
 
 def test_a_frozen_part_with_other_weights_is_refused(folder, tiny, tmp_path):
