@@ -16,6 +16,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from blip2.checkpoints.native import FrozenPart, ModelSettings, Prompts, save_model_folder, trained_state
@@ -39,18 +41,21 @@ class TinyParts:
     text_init: Path
 
 
-def make_tiny_model(root: Path, *, parts: tuple[str, ...] = ("stage1", "generation"), aware: bool = True) -> TinyParts:
+def make_tiny_model(
+    root: Path, *, parts: tuple[str, ...] = ("stage1", "generation"), aware: bool = True, decoder_only: bool = True
+) -> TinyParts:
     """Writes all folders under `root`.
 
     Args:
         root: an existing folder.
         parts: which trained parts the model has.
         aware: whether the generating part reads the instruction.
+        decoder_only: whether the language model is a Llama or a T5.
     """
     torch.manual_seed(0)
     folders = TinyParts(root / "tiny", root / "vision", root / "language", root / "text")
     _save_vision(folders.vision)
-    _save_language(folders.language)
+    _save_language(folders.language, decoder_only)
     vocab_size = _save_text(folders.text_init)
     settings = _settings(folders, vocab_size, aware)
     bert = BertModel.from_pretrained(folders.text_init).state_dict()
@@ -108,7 +113,7 @@ def _save_vision(folder: Path) -> None:
     CLIPVisionModel(config).save_pretrained(folder)
 
 
-def _save_language(folder: Path) -> None:
+def _save_language(folder: Path, decoder_only: bool) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -120,6 +125,9 @@ def _save_language(folder: Path) -> None:
     )
     tokenizer.train_from_iterator([WORDS, QUESTION_PROMPT, CAPTION_PROMPT] * 3, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>").save_pretrained(folder)
+    if not decoder_only:
+        _save_t5(folder, tokenizer.get_vocab_size())
+        return
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=WIDTH,
@@ -133,6 +141,23 @@ def _save_language(folder: Path) -> None:
         eos_token_id=1,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def _save_t5(folder: Path, vocab_size: int) -> None:
+    config = T5Config(
+        vocab_size=vocab_size,
+        d_model=WIDTH,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        initializer_factor=4.0,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=False,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
 
 
 def _save_text(folder: Path) -> int:

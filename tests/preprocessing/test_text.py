@@ -115,6 +115,11 @@ def test_prompts_are_padded_left_and_targets_right_with_eos():
     assert tokenizer.pad_id == tokenizer.eos_id  # this tokenizer has no token of its own for padding
 
 
+def test_prompts_for_an_encoder_are_padded_right():
+    prompts = LanguageTokenizer(sentence_piece(), prompt_padding="right").encode_prompts(["a", "a cup"])
+    assert prompts.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
+
+
 @pytest.mark.parametrize("make", [byte_level, sentence_piece])
 def test_a_prompt_and_its_target_are_the_tokens_of_the_whole_text(make):
     network_tokenizer = make()

@@ -144,7 +144,8 @@ class _Loader:
     def _language_model(self, part: native.FrozenPart) -> tuple[LanguageModel, LanguageTokenizer]:
         network, hf_tokenizer = frozen.load_language(part.name, dtype=self.dtype)
         self._check(part, network)
-        tokenizer = LanguageTokenizer(hf_tokenizer)
+        padding = "right" if network.config.is_encoder_decoder else "left"
+        tokenizer = LanguageTokenizer(hf_tokenizer, prompt_padding=padding)
         language_model = wrap_language_model(network, tokenizer)
         return language_model.to(self.device), tokenizer
 

@@ -1,7 +1,8 @@
 """Tokenizers of the Q-Former and of the language model: strings -> token ids.
 
     QFormerTokenizer    BERT's WordPiece and one new token, [DEC], which starts a text to be generated; pads right
-    LanguageTokenizer   whatever the frozen language model came with; prompts pad left, targets pad right
+    LanguageTokenizer   whatever the frozen language model came with; targets pad right, prompts left for a decoder,
+                        which goes on where they end, and right for an encoder, which counts positions from the start
 
 Text of users never becomes a special token: "[SEP]" or "<|im_end|>" typed by somebody are plain characters.
 """
@@ -9,7 +10,7 @@ Text of users never becomes a special token: "[SEP]" or "<|im_end|>" typed by so
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -133,8 +134,13 @@ class LanguageTokenizer:
     with eos.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, prompt_padding: Literal["left", "right"] = "left") -> None:
         """Wraps a Hugging Face tokenizer, which is not changed.
+
+        Args:
+            tokenizer: the one that came with the language model.
+            prompt_padding: "left" for a decoder-only model, "right" for an encoder-decoder: there, padding between the
+                visual prompt and the text would change how far apart they seem.
 
         Raises:
             BadData: it has no end-of-text token, so generation would not stop.
@@ -142,6 +148,7 @@ class LanguageTokenizer:
         if tokenizer.eos_token_id is None:
             raise BadData("The language model's tokenizer has no end-of-text token, so its answers would never end.")
         self.tokenizer = tokenizer
+        self.prompt_padding = prompt_padding
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -151,9 +158,9 @@ class LanguageTokenizer:
         self._parting_space = self._find_parting_space()
 
     def encode_prompts(self, prompts: Sequence[str]) -> TextBatch:
-        """Prompts padded left, so that what is generated follows each directly. An empty prompt may have no token."""
+        """Prompts padded on the side `prompt_padding`. An empty prompt may have no token."""
         rows = [self._beginning + self._plain_ids(prompt) + self._ending for prompt in prompts]
-        return pad(rows, self.pad_id, side="left")
+        return pad(rows, self.pad_id, side=self.prompt_padding)
 
     def encode_targets(
         self, targets: Sequence[str], *, max_length: int | None = None, append_eos: bool = True
