@@ -52,7 +52,9 @@ class FeatureCache:
         """
         described = _read_description(folder)
         if described.get("key") != _plain(key):
-            raise BadData(f"{folder} holds features of other weights, pictures or views. Delete it; it will be rebuilt.")
+            raise BadData(
+                f"{folder} holds features of other weights, pictures or views. Delete it; it will be rebuilt."
+            )
         if described["rows_done"] != key.num_rows:
             raise BadData(f"{folder} is not complete: {described['rows_done']} of {key.num_rows} rows.")
         self._rows = np.memmap(folder / "features.f16", np.float16, "r", shape=(key.num_rows, *key.shape))
@@ -66,7 +68,12 @@ class FeatureCache:
 
 
 def open_or_build(
-    parent: Path, key: CacheKey, encode: Callable[[range], np.ndarray], *, chunk: int = 64, progress: Callable | None = None
+    parent: Path,
+    key: CacheKey,
+    encode: Callable[[range], np.ndarray],
+    *,
+    chunk: int = 64,
+    progress: Callable | None = None,
 ) -> FeatureCache:
     """The cache of `key` under `parent`; rows that are missing are made first.
 

@@ -33,7 +33,9 @@ class Shard:
     count: int
 
 
-def write_split(folder: Path, split: str, samples: Iterable[Sample], *, per_shard: int = SAMPLES_PER_SHARD) -> list[Shard]:
+def write_split(
+    folder: Path, split: str, samples: Iterable[Sample], *, per_shard: int = SAMPLES_PER_SHARD
+) -> list[Shard]:
     """Writes samples as shards of one split; the same samples give the same bytes."""
     shards: list[Shard] = []
     waiting: list[Sample] = []
@@ -70,11 +72,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MissingFile(f"{folder} is no data set: it has no manifest.json. Make one with: blip2 data build.") from None
+        raise MissingFile(
+            f"{folder} is no data set: it has no manifest.json. Make one with: blip2 data build."
+        ) from None
     except (OSError, ValueError):
         raise BadData(f"{path} cannot be read. Build the data set again with: blip2 data build --force.") from None
     if manifest.get("version") != VERSION:
-        raise BadData(f"{folder} is of version {manifest.get('version')}, this program reads {VERSION}. Build it again.")
+        raise BadData(
+            f"{folder} is of version {manifest.get('version')}, this program reads {VERSION}. Build it again."
+        )
     return manifest
 
 
@@ -125,7 +131,9 @@ class Split(Sequence[Sample]):
             try:
                 index = json.loads(path.with_suffix(".idx.json").read_text(encoding="utf-8"))
             except (OSError, ValueError):
-                raise BadData(f"The index of {path} is missing or broken. Build again: blip2 data build --force.") from None
+                raise BadData(
+                    f"The index of {path} is missing or broken. Build again: blip2 data build --force."
+                ) from None
             self._entries += [(path, entry) for entry in index]
 
     def __len__(self) -> int:

@@ -74,7 +74,9 @@ class _FrozenLM(nn.Module):
         cap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2 and 3
         return logits if not cap else cap * torch.tanh(logits / cap)
 
-    def _generate(self, embeds: Tensor, mask: Tensor, decoding: Decoding, streamer: Any, stop: Callable | None) -> Tensor:
+    def _generate(
+        self, embeds: Tensor, mask: Tensor, decoding: Decoding, streamer: Any, stop: Callable | None
+    ) -> Tensor:
         extra: dict[str, Any] = {"streamer": streamer} if streamer is not None else {}
         if stop is not None:
             extra["stopping_criteria"] = [stop]

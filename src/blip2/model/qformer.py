@@ -105,7 +105,7 @@ def attend(query: Tensor, keys: KeyValue, mask: Tensor | None, dropout: float) -
         return F.scaled_dot_product_attention(query, keys.key, keys.value, attn_mask=mask, dropout_p=dropout)
     with torch.autocast("cpu", enabled=False):
         q, k, v = query.float(), keys.key.float(), keys.value.float()
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).to(query.dtype)
 
 
 class ResidualNorm(nn.Module):

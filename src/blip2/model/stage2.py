@@ -1,7 +1,7 @@
 """Blip2Stage2: frozen image encoder + Q-Former + one linear layer + frozen LLM (paper, section 3.2).
 
-With `instruction_aware` the Q-Former keeps its text half, and the instruction attends together with the queries, so that
-they look for what is asked (InstructBLIP).
+With `instruction_aware` the Q-Former keeps its text half, and the instruction attends together with the queries, so
+that they look for what is asked (InstructBLIP).
 """
 
 import torch

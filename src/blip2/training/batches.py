@@ -1,6 +1,6 @@
 """From the position in a run to the batch there: which samples, which view, which text, all from the seed alone.
 
-positions of batch i  ->  data/order.py  ->  (source, sample)  ->  features of a view + tokens  ->  Stage1Batch | Stage2Batch
+positions of batch i -> data/order.py -> (source, sample) -> features of a view + tokens -> Stage1Batch, Stage2Batch
 """
 
 import hashlib

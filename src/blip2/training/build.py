@@ -17,8 +17,9 @@ from blip2.data.features import CacheKey, FeatureCache, open_or_build
 from blip2.data.sample import Sample
 from blip2.data.shards import open_split, split_sha256
 from blip2.errors import BadRecipe, MissingFile
+from blip2.inference.loading import wrap_language_model
 from blip2.model.config import QFormerConfig
-from blip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
+from blip2.model.language import LanguageModel
 from blip2.model.stage1 import Blip2Stage1, load_text_weights
 from blip2.model.stage2 import Blip2Stage2
 from blip2.model.vision import ImageEncoder
@@ -113,10 +114,9 @@ def qformer_config(recipe: Recipe, text_init: frozen.TextInit, vision_width: int
 
 def load_language_model(name: str, dtype: torch.dtype) -> tuple[LanguageModel, LanguageTokenizer]:
     """The frozen LLM behind the common interface, with its tokenizer."""
-    model, tokenizer = frozen.load_language(name, dtype)
-    wrapped = LanguageTokenizer(tokenizer)
-    kind = EncoderDecoderLM if model.config.is_encoder_decoder else DecoderLM
-    return kind(model, stop_ids=[wrapped.eos_id], pad_id=wrapped.pad_id), wrapped
+    network, hf_tokenizer = frozen.load_language(name, dtype)
+    tokenizer = LanguageTokenizer(hf_tokenizer, prompt_padding="right" if network.config.is_encoder_decoder else "left")
+    return wrap_language_model(network, tokenizer), tokenizer
 
 
 # Data
@@ -303,11 +303,15 @@ def start_from(model: nn.Module, recipe: Recipe) -> None:
 
 def bridge_weights(source: str) -> dict[str, Tensor]:
     """Trained tensors of a run (its newest checkpoint), a checkpoint folder or a safetensors file, by our names."""
-    path = Path(source)
-    if not path.exists() and (paths.runs_dir() / source).exists():
-        path = paths.runs_dir() / source
+    path = run_folder(source)
     if not path.is_file():
         path = state.find_checkpoint(path) / state.MODEL
     if not path.is_file():
         raise MissingFile(f"model.init_from: there is no run, checkpoint or weights file {source}.")
     return {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
+
+
+def run_folder(source: str) -> Path:
+    """The path itself, or the run of that name under the runs folder."""
+    named = paths.runs_dir() / source
+    return named if not Path(source).exists() and named.exists() else Path(source)

@@ -40,7 +40,7 @@ def retrieval_found(
 def answers_right(
     model: Blip2Stage2, batches: Stage2Batches, samples: Sequence[Sample], features: FeatureCache, limit: int
 ) -> dict[str, float]:
-    """Loss on the first `limit` questions (or captions, where a split has no questions) and the share answered exactly."""
+    """Loss on `limit` questions (or captions, where a split has no questions), and the share answered exactly."""
     asked = [(i, q.question, q.answer) for i, sample in enumerate(samples) for q in sample.questions][
         :: _stride(samples, limit)
     ]

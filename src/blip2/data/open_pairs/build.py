@@ -1,10 +1,10 @@
 """Builds the open training set: packages -> pictures -> splits -> shards, aside and then renamed.
 
-    train_pairs         stamps, clip art and three styles of emoji; no held-out concept
-    held_out_concepts   the same sources, the tenth of the concepts that training never sees
-    held_out_style      Twemoji, all concepts that some training style has
-    train_scenes, new_scenes, new_noun_pairs     composed of train_pairs' cut-outs
-    easy_vqa_train, easy_vqa_test                its official split
+train_pairs         stamps, clip art and three styles of emoji; no held-out concept
+held_out_concepts   the same sources, the tenth of the concepts that training never sees
+held_out_style      Twemoji, all concepts that some training style has
+train_scenes, new_scenes, new_noun_pairs     composed of train_pairs' cut-outs
+easy_vqa_train, easy_vqa_test                its official split
 """
 
 import os
@@ -33,7 +33,9 @@ CUTOUT_SIDE = 200  # pixels; no thing in a scene is larger
 Say = Callable[[str], None]
 
 
-def build_open_pairs(folder: Path, *, seed: int = 0, num_scenes: int = 24_000, force: bool = False, say: Say = print) -> None:
+def build_open_pairs(
+    folder: Path, *, seed: int = 0, num_scenes: int = 24_000, force: bool = False, say: Say = print
+) -> None:
     """Builds the whole set into `folder`.
 
     Args:
@@ -79,7 +81,10 @@ def _write_all(folder: Path, seed: int, num_scenes: int, say: Say) -> None:
         say(f"{split}: {count:,} scenes")
     for part in ("train", "test"):
         splits[f"easy_vqa_{part}"] = write_split(folder, f"easy_vqa_{part}", read_easy_vqa(part))
-    sources = {key: {"sha256": registry.PACKAGES[key].sha256, "licence": registry.PACKAGES[key].licence} for key in registry.TRAINING_DATA}
+    sources = {
+        key: {"sha256": registry.PACKAGES[key].sha256, "licence": registry.PACKAGES[key].licence}
+        for key in registry.TRAINING_DATA
+    }
     write_manifest(folder, "open-pairs", splits, seed=seed, sources=sources, scene_nouns=sorted(cutouts))
 
 

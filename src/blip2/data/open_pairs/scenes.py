@@ -22,8 +22,19 @@ from blip2.data.sample import Question, Sample
 SIDE = 256
 GAP = 4  # pixels between boxes
 NUMBERS = ("zero", "one", "two", "three", "four")
-COLOUR_SHARE = 0.6  # of a thing's pixels, for its colour to be asked
+COLOUR_SHARE = 0.5  # of a thing's pixels, for its colour to be asked
 MOST_QUESTIONS = 8
+UNCLEAR = "unclear"  # between two colour names; never asked
+HUE_MARGIN = 2  # degrees around a bound that count as unclear
+HUES = (
+    (14, "red"),
+    (42, "orange"),
+    (68, "yellow"),
+    (165, "green"),
+    (255, "blue"),
+    (295, "purple"),
+    (345, "pink"),
+)  # upper bounds in degrees; what is beyond the last is red again
 RELATIONS = {
     "left": "to the left of",
     "right": "to the right of",
@@ -216,7 +227,12 @@ def questions_of(things: Sequence[Thing], nouns: Sequence[str], rng: random.Rand
     """Up to MOST_QUESTIONS questions with one right answer each; yes and no are equally frequent."""
     counts = Counter(thing.noun for thing in things)
     single = [thing for thing in things if counts[thing.noun] == 1]
-    asked = [*_what(things, counts), *_how_many(things, counts, rng), *_colours(single), *_relations(things, single, rng)]
+    asked = [
+        *_what(things, counts),
+        *_how_many(things, counts, rng),
+        *_colours(single),
+        *_relations(things, single, rng),
+    ]
     asked += _exists(counts, nouns, rng)
     rng.shuffle(asked)
     return tuple(asked[:MOST_QUESTIONS])
@@ -265,7 +281,9 @@ def _could_be(thing: Thing, other: Thing, how: str) -> bool:
     """Whether somebody might say that `thing` lies on that side of `other`: its centre does."""
     middle_x, middle_y = (thing.box[0] + thing.box[2]) / 2, (thing.box[1] + thing.box[3]) / 2
     left, top, right, bottom = other.box
-    return {"left": middle_x < left, "right": middle_x > right, "above": middle_y < top, "below": middle_y > bottom}[how]
+    return {"left": middle_x < left, "right": middle_x > right, "above": middle_y < top, "below": middle_y > bottom}[
+        how
+    ]
 
 
 def _exists(counts: Counter, nouns: Sequence[str], rng: random.Random) -> list[Question]:
@@ -285,17 +303,21 @@ def measured_colour(cutout: Image.Image) -> str | None:
     if not names:
         return None
     name, count = names.most_common(1)[0]
-    return name if count >= COLOUR_SHARE * names.total() else None
+    return name if name != UNCLEAR and count >= COLOUR_SHARE * names.total() else None
 
 
 def _colour_name(red: int, green: int, blue: int) -> str:
     hue, saturation, value = colorsys.rgb_to_hsv(red / 255, green / 255, blue / 255)
     degrees = hue * 360
-    if value < 0.22:
+    if value < 0.28 or (value < 0.48 and saturation < 0.42):
         return "black"
-    if saturation < 0.15:
+    if saturation < 0.12:
         return "white" if value > 0.85 else "grey"
-    if value < 0.65 and 8 < degrees < 48:
+    if saturation < 0.25 or any(abs(degrees - bound) < HUE_MARGIN for bound, _ in HUES):
+        return UNCLEAR
+    name = next((name for bound, name in HUES if degrees < bound), "red")
+    if name == "orange" and value < 0.68:
         return "brown"
-    bounds = ((12, "red"), (42, "orange"), (68, "yellow"), (165, "green"), (258, "blue"), (295, "purple"), (345, "pink"))
-    return next((name for limit, name in bounds if degrees < limit), "red")
+    if name == "red" and value > 0.8 and saturation < 0.62:
+        return "pink"
+    return UNCLEAR if name == "orange" and saturation < 0.6 else name  # beige, skin, cardboard

@@ -1,0 +1,88 @@
+"""Finished runs -> a model folder that `blip2.load` reads: the retrieval part, the generating part, or both."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from blip2.checkpoints import frozen, native
+from blip2.errors import BadRecipe
+from blip2.preprocessing.prompts import CAPTION_INSTRUCTION, CAPTION_PROMPT, QUESTION_PROMPT
+from blip2.preprocessing.text import QFormerTokenizer
+from blip2.registry import PACKAGES
+from blip2.training import state
+from blip2.training.build import qformer_config
+from blip2.training.recipe import Recipe, recipe_from_settings, to_settings
+
+WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
+SHARED = ("vision", "text_init", "num_query_tokens", "embed_dim", "text_pooling", "freeze_word_embeddings")
+
+
+def export(
+    folder: Path, name: str, *, stage1: Path | None = None, generation: Path | None = None
+) -> native.ModelSettings:
+    """Writes a model folder from one run or two.
+
+    Args:
+        folder: where to; replaced as a whole if it is there.
+        name: what the model is called.
+        stage1: run or checkpoint of stage 1, which can embed and match.
+        generation: run or checkpoint of stage 2 or instruct, which can caption and answer.
+
+    Raises:
+        BadRecipe: no run is given, a run is of the wrong stage, or the two differ in what they share.
+        MissingFile: a path that holds no complete checkpoint.
+    """
+    runs = {part: _read(path, part) for part, path in (("stage1", stage1), ("generation", generation)) if path}
+    if not runs:
+        raise BadRecipe("There is nothing to export: give a run of stage 1, of stage 2 or instruct, or both.")
+    recipes = [recipe for recipe, _ in runs.values()]
+    _check_alike(recipes)
+    taken = (WORD_EMBEDDINGS,) if recipes[0].model.freeze_word_embeddings else ()
+    settings = _settings(name, recipes[-1], taken)
+    notes: dict[str, Any] = {"recipes": {part: to_settings(recipe) for part, (recipe, _) in runs.items()}}
+    parts = {part: {k: v for k, v in weights.items() if k not in taken} for part, (_, weights) in runs.items()}
+    return native.save_model_folder(folder, replace(settings, notes=notes), parts)
+
+
+def _read(path: Path, part: str) -> tuple[Recipe, dict[str, Tensor]]:
+    checkpoint = state.find_checkpoint(path)
+    recipe = recipe_from_settings(state.read_state(checkpoint)["recipe"], f"{checkpoint}/state.json")
+    if (recipe.stage == "stage1") != (part == "stage1"):
+        raise BadRecipe(f"{path} is a run of {recipe.stage}, which cannot be {native.PARTS[part]}.")
+    return recipe, {name.removeprefix("model."): tensor for name, tensor in state.load_model(checkpoint).items()}
+
+
+def _check_alike(recipes: list[Recipe]) -> None:
+    first, last = recipes[0].model, recipes[-1].model
+    for field in SHARED:
+        if getattr(first, field) != getattr(last, field):
+            raise BadRecipe(
+                f"The two runs differ in model.{field}: {getattr(first, field)} and {getattr(last, field)}."
+            )
+
+
+def _settings(name: str, recipe: Recipe, taken: tuple[str, ...]) -> native.ModelSettings:
+    section = recipe.model
+    vision = frozen.load_vision(section.vision)
+    text_init = frozen.load_text_init(section.text_init)
+    tokenizer = QFormerTokenizer(text_init.tokenizer_file)
+    return native.ModelSettings(
+        name=name,
+        vision=native.FrozenPart(section.vision, _package_sha256(section.vision)),
+        qformer=qformer_config(recipe, text_init, vision.width, tokenizer.vocab_size),
+        image_size=vision.image_size,
+        image_mean=tuple(vision.image_mean),
+        image_std=tuple(vision.image_std),
+        prompts=native.Prompts(CAPTION_PROMPT, CAPTION_INSTRUCTION, QUESTION_PROMPT),
+        text_init=native.FrozenPart(section.text_init, _package_sha256(section.text_init)),
+        language=native.FrozenPart(section.language, _package_sha256(section.language)) if section.language else None,
+        instruction_aware=section.instruction_aware,
+        max_text_tokens=recipe.data.max_text_length,
+        from_text_init=taken,
+    )
+
+
+def _package_sha256(name: str) -> str | None:
+    return PACKAGES[name].sha256 if name in PACKAGES else None

@@ -1,0 +1,109 @@
+"""Every stage runs on real parts made tiny, leaves the frozen ones alone, and survives kills bit for bit."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from blip2.checkpoints import frozen
+from blip2.errors import BadRecipe, MissingFile
+from blip2.training.export import export
+from blip2.training.state import MODEL, OPTIMIZER, newest_checkpoint
+
+from .tiny_blip2 import build_in, make_parts, run_blip2, tiny_recipe
+from .tiny_run import start_process
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("parts")
+    make_parts(root)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch, root):
+    monkeypatch.setenv("BLIP2_HOME", str(root / "home"))
+
+
+def weights(run_dir: Path) -> tuple[bytes, bytes]:
+    checkpoint = newest_checkpoint(run_dir)
+    return (checkpoint / MODEL).read_bytes(), (checkpoint / OPTIMIZER).read_bytes()
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "instruct"])
+def test_five_kills_leave_the_bits_of_an_uninterrupted_run(root, tmp_path, stage):
+    run_blip2(root, stage, tmp_path / "whole")
+    chance = random.Random(stage)
+    killed = 0
+    for _ in range(5):
+        process, listen = start_process(run_blip2, root, stage, tmp_path / "killed", 6)
+        try:
+            for _ in range(chance.randrange(1, 3)):
+                listen.recv()
+        except EOFError:
+            pass
+        process.kill()
+        process.join()
+        killed += process.exitcode == -9
+    assert killed >= 3
+    assert run_blip2(root, stage, tmp_path / "killed").finished
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("stage", ["stage2", "instruct"])
+def test_training_leaves_the_frozen_language_model_as_it_was(root, tmp_path, stage):
+    recipe = tiny_recipe(root, stage)
+    job = build_in(root, recipe, tmp_path)
+    language_model = job.module.model.language_model
+    before = frozen.fingerprint(language_model)
+    optimized = [p for p in job.module.parameters() if p.requires_grad]
+    assert not {id(p) for p in optimized} & {id(p) for p in language_model.parameters()}
+    from blip2.training.loop import train
+
+    train(job, recipe, tmp_path)
+    assert frozen.fingerprint(language_model) == before
+    assert all(p.grad is None for p in language_model.parameters())
+
+
+def test_an_encoder_decoder_language_model_trains_too(tmp_path, monkeypatch):
+    make_parts(tmp_path, decoder_only=False)
+    assert run_blip2(tmp_path, "stage2", tmp_path / "run", steps=3).finished
+
+
+def test_stage_2_starts_from_the_queries_of_stage_1(root, tmp_path):
+    run_blip2(root, "stage1", tmp_path / "first", steps=2)
+    recipe = tiny_recipe(root, "instruct", init_from=str(tmp_path / "first"))
+    started = build_in(root, recipe, tmp_path / "second").module.model
+    trained = build_in(
+        root, tiny_recipe(root, "stage1", init_from=str(tmp_path / "first")), tmp_path / "x"
+    ).module.model
+    for name, parameter in started.named_parameters():
+        if name.startswith(("qformer.", "query_tokens", "vision_layernorm.")):
+            torch.testing.assert_close(parameter, trained.get_parameter(name), atol=0, rtol=0)
+
+
+def test_a_start_that_does_not_fit_is_refused(root, tmp_path):
+    run_blip2(root, "stage1", tmp_path / "first", steps=2)
+    with pytest.raises(BadRecipe, match="num_query|queries"):
+        build_in(root, tiny_recipe(root, "stage1", init_from=str(tmp_path / "first"), num_query_tokens=5), tmp_path)
+    with pytest.raises(MissingFile, match="nowhere"):
+        build_in(root, tiny_recipe(root, "stage1", init_from=str(tmp_path / "nowhere")), tmp_path)
+
+
+def test_an_exported_model_says_what_the_trained_one_would(root, tmp_path):
+    import blip2
+
+    run_blip2(root, "stage1", tmp_path / "s1", steps=2)
+    run_blip2(root, "instruct", tmp_path / "i", steps=2)
+    export(tmp_path / "model", "tiny", stage1=tmp_path / "s1", generation=tmp_path / "i")
+    model = blip2.load(tmp_path / "model")
+    image = root / "cup.png"
+    from .tiny_blip2 import picture
+
+    image.write_bytes(picture(0).image)
+    assert isinstance(model.ask(image, "what colour is the cup?"), str)
+    assert len(model.match(image, ["a red cup left", "a blue cup right"])) == 2
+    with pytest.raises(BadRecipe, match="stage1"):
+        export(tmp_path / "other", "tiny", generation=tmp_path / "s1")

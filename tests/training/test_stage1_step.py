@@ -1,0 +1,168 @@
+"""A stage-1 step shares passes and projections; these tests state what it must equal."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from blip2.model.config import QFormerConfig
+from blip2.model.masks import apart_mask, text_after_queries_mask, together_mask
+from blip2.model.stage1 import Blip2Stage1, Text
+from blip2.objectives.itc import image_text_similarity
+from blip2.objectives.negatives import draw_negatives
+from blip2.training.stage1 import Stage1Batch, Stage1Step
+
+CONFIG = QFormerConfig(
+    vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64,
+    encoder_hidden_size=24, num_query_tokens=5, max_position_embeddings=16, embed_dim=16,
+).without_dropout()  # fmt: skip
+DEC = 49
+TOLERANCE = 2e-5  # float32 sums in another order; worst seen 2e-6
+
+
+@pytest.fixture
+def model() -> Blip2Stage1:
+    torch.manual_seed(0)
+    model = Blip2Stage1(None, CONFIG)
+    for parameter in model.parameters():  # BERT's start is so small that wrong masks would hardly show
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture
+def batch() -> Stage1Batch:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(1, 49, (6, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((7, 5, 3, 7, 4, 6)):
+        ids[row, length:], mask[row, length:] = 0, 0
+    return Stage1Batch(torch.randn(6, 9, 24, generator=generator), Text(ids, mask), torch.arange(6))
+
+
+def plain_pass(model: Blip2Stage1, features: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> tuple:
+    """Queries and text through all layers as one sequence, image projected anew, under a mask drawn in masks.py."""
+    image = model.qformer.project_image(model.vision_layernorm(features))
+    queries = model.query_tokens.expand(len(features), -1, -1)
+    output = model.qformer(queries=queries, text=model.embeddings(ids), image=image, mask=mask)
+    return output.queries, output.text
+
+
+def plain_losses(model: Blip2Stage1, batch: Stage1Batch) -> dict[str, torch.Tensor]:
+    """The three losses, each from full passes of its own (paper, figure 2), hardest negatives."""
+    ids, real, features = batch.text.input_ids, batch.text.attention_mask, batch.image_features
+    num_queries = CONFIG.num_query_tokens
+    queries, text = plain_pass(model, features, ids, apart_mask(num_queries, real))
+    image_embeds = F.normalize(model.vision_projection(queries), dim=-1)
+    text_embeds = F.normalize(model.text_projection(text[:, 0]), dim=-1)
+    similarity = image_text_similarity(image_embeds, text_embeds) / model.temperature
+    own = torch.arange(len(ids))
+    itc = (
+        F.cross_entropy(similarity, own, label_smoothing=0.1) + F.cross_entropy(similarity.T, own, label_smoothing=0.1)
+    ) / 2
+    logits, labels = [], []
+    eye = torch.eye(len(ids), dtype=torch.bool)
+    hard_image = similarity.T.masked_fill(eye, -math.inf).argmax(dim=1)
+    hard_text = similarity.masked_fill(eye, -math.inf).argmax(dim=1)
+    for images, texts, label in ((own, own, 1), (hard_image, own, 0), (own, hard_text, 0)):
+        joint, _ = plain_pass(model, features[images], ids[texts], together_mask(num_queries, real[texts]))
+        logits.append(model.itm_head(joint).mean(dim=1))
+        labels.append(torch.full_like(own, label))
+    itm = F.cross_entropy(torch.cat(logits), torch.cat(labels))
+    decoder_ids = ids.clone()
+    decoder_ids[:, 0] = DEC
+    _, told = plain_pass(model, features, decoder_ids, text_after_queries_mask(num_queries, real))
+    targets = ids[:, 1:].masked_fill(real[:, 1:] == 0, -100)
+    vocabulary = model.vocabulary_logits(told[:, :-1]).transpose(1, 2)
+    itg = F.cross_entropy(vocabulary, targets, label_smoothing=0.1)
+    return {"itc": itc, "itm": itm, "itg": itg}
+
+
+@pytest.mark.parametrize("loss", ["itc", "itm", "itg"])
+def test_shared_passes_give_the_losses_of_three_full_passes(model: Blip2Stage1, batch: Stage1Batch, loss: str) -> None:
+    shared = Stage1Step(model, bos_id=DEC, negatives="hardest")(batch)
+    torch.testing.assert_close(shared[loss], plain_losses(model, batch)[loss], atol=TOLERANCE, rtol=0)
+
+
+def test_shared_passes_give_the_gradients_of_three_full_passes(model: Blip2Stage1, batch: Stage1Batch) -> None:
+    Stage1Step(model, bos_id=DEC, negatives="hardest")(batch)["loss"].backward()
+    shared = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    sum(plain_losses(model, batch).values()).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(shared[name], parameter.grad, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: n + m)
+
+
+def test_padding_changes_nothing(model: Blip2Stage1, batch: Stage1Batch) -> None:
+    text = batch.text
+    longer = Text(F.pad(text.input_ids, (0, 4)), F.pad(text.attention_mask, (0, 4)))
+    step = Stage1Step(model, bos_id=DEC, negatives="hardest")
+    short, long = step(batch), step(Stage1Batch(batch.image_features, longer, batch.groups))
+    for name in ("itc", "itm", "itg"):
+        torch.testing.assert_close(short[name], long[name], atol=TOLERANCE, rtol=0)
+
+
+def test_an_image_of_any_number_of_tokens_gives_the_same_number_of_outputs(model: Blip2Stage1) -> None:
+    for num_tokens in (1, 9, 257):
+        assert model.image_pass(torch.randn(2, num_tokens, 24)).output.shape == (2, 5, 32)
+
+
+def test_untrained_embeddings_that_say_nothing_cost_log_b(batch: Stage1Batch) -> None:
+    model = Blip2Stage1(None, CONFIG).eval()
+    torch.nn.init.zeros_(model.vision_projection.weight)  # every image has one and the same embedding
+    step = Stage1Step(model, bos_id=DEC, label_smoothing=0.0)
+    text_side_is_even = step(batch)["itc"]
+    embeds = model.embed_images(batch.image_features)
+    assert torch.allclose(embeds[0], embeds[1])
+    image_side = F.cross_entropy(
+        image_text_similarity(embeds, model.embed_texts(batch.text)) / model.temperature, torch.arange(6)
+    )
+    assert float(2 * text_side_is_even - image_side) == pytest.approx(math.log(6), abs=1e-5)
+
+
+def test_equal_captions_are_no_negatives_of_each_other() -> None:
+    is_positive = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
+    similarity = torch.tensor([[9.0, 9.0, -9.0], [9.0, 9.0, -9.0], [9.0, 9.0, 9.0]])
+    for rule in ("paper", "lavis-2023-02", "hardest"):
+        for _ in range(20):
+            drawn = draw_negatives(similarity, is_positive, rule)
+            assert drawn[0] == drawn[1] == 2
+            assert drawn[2] in (0, 1)
+
+
+def test_a_batch_of_one_has_no_negatives_and_still_learns(model: Blip2Stage1, batch: Stage1Batch) -> None:
+    one = Stage1Batch(batch.image_features[:1], batch.text[torch.tensor([0])], batch.groups[:1])
+    losses = Stage1Step(model, bos_id=DEC)(one)
+    losses["loss"].backward()
+    assert all(torch.isfinite(value) for value in losses.values())
+
+
+def test_hard_negatives_are_drawn_by_their_softmax() -> None:
+    torch.manual_seed(0)
+    similarity = torch.tensor([0.0, 1.0, 2.0, 3.0]).repeat(20_000, 1)
+    is_positive = torch.zeros_like(similarity, dtype=torch.bool)
+    is_positive[:, 0] = True
+    drawn = draw_negatives(similarity, is_positive)
+    shares = torch.bincount(drawn, minlength=4) / len(drawn)
+    expected = torch.tensor([-math.inf, 1.0, 2.0, 3.0]).softmax(dim=0)
+    torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)  # four standard errors
+
+
+def test_64_pairs_are_memorised() -> None:
+    torch.manual_seed(0)
+    model = Blip2Stage1(None, CONFIG)
+    features = torch.randn(64, 4, 24)
+    ids = torch.cat([torch.full((64, 1), 1), torch.randint(4, 48, (64, 4)), torch.full((64, 1), 2)], dim=1)
+    batch = Stage1Batch(features, Text(ids, torch.ones_like(ids)), torch.arange(64))
+    step = Stage1Step(model, bos_id=DEC, label_smoothing=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(150):
+        losses = step(batch)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        optimizer.step()
+    assert losses["itc_accuracy"] == 1
+    assert losses["itm_accuracy"] > 0.95
+    assert losses["itg"] < 0.5
