@@ -63,12 +63,15 @@ def whitening(features: np.ndarray, labels: Sequence[str]) -> np.ndarray:
     return vectors / np.sqrt(values)
 
 
-def ridge(inputs: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """Linear regression with a quadratic penalty, chosen among RIDGES by generalised cross-validation.
+def ridge(
+    inputs: np.ndarray, targets: np.ndarray, penalties: Sequence[float] = RIDGES
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Linear regression with a quadratic penalty, chosen by generalised cross-validation.
 
     Args:
         inputs: (N, D), standardised within.
         targets: (N, E).
+        penalties: to choose from.
 
     Returns:
         The fitted function (M, D) -> (M, E).
@@ -84,7 +87,7 @@ def ridge(inputs: np.ndarray, targets: np.ndarray) -> Callable[[np.ndarray], np.
         residual = ((targets - offset - left @ (kept[:, None] * projected)) ** 2).sum()
         return float(residual / (len(inputs) - kept.sum()) ** 2)
 
-    penalty = min(RIDGES, key=cross_validation)
+    penalty = min(penalties, key=cross_validation)
     weights = right.T @ ((values / (values**2 + penalty))[:, None] * projected)  # (D, E)
     return lambda rows: (rows - mean) / scale @ weights + offset
 
