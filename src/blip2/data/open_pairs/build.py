@@ -21,7 +21,7 @@ from blip2.data.open_pairs.clipart import read_clipart
 from blip2.data.open_pairs.easy_vqa import read_easy_vqa
 from blip2.data.open_pairs.emoji import HELD_OUT_STYLE, TRAINING_STYLES, read_emoji
 from blip2.data.open_pairs.picture import Picture, as_sample, is_held_out
-from blip2.data.open_pairs.scenes import CutOut, measured_colour, scene_sample
+from blip2.data.open_pairs.scenes import SEVERAL_COLOURS, CutOut, measured_colour, scene_sample
 from blip2.data.open_pairs.stamps import read_stamps
 from blip2.data.open_pairs.vocabulary import SCENE_NOUNS
 from blip2.data.sample import Sample
@@ -45,21 +45,32 @@ def build_open_pairs(
         say: told what is being done.
 
     Raises:
-        UserError: `folder` is there and `force` is not given.
+        UserError: `folder` is there and `force` is not given, or it is no data set.
         DownloadFailed: a package cannot be had.
     """
     if folder.exists() and not force:
         raise UserError(f"{folder} is there already. Give --force to build it again, or --out for another place.")
+    if folder.exists() and not (folder / "manifest.json").is_file():
+        raise UserError(f"{folder} is no data set, so --force does not replace it. Give --out for another place.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         _write_all(aside, seed, num_scenes, say)
         aside.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(aside, folder)
+        _put_in_place(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _put_in_place(aside: Path, folder: Path) -> None:
+    """Renames `aside` to `folder`; a set that was there is moved away whole before it is deleted."""
+    if not folder.exists():
+        os.rename(aside, folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    os.rename(folder, old)
+    os.rename(aside, folder)
+    shutil.rmtree(old)
 
 
 def _write_all(folder: Path, seed: int, num_scenes: int, say: Say) -> None:
@@ -99,7 +110,8 @@ def scene_cutouts(pictures: Sequence[Picture]) -> dict[str, list[CutOut]]:
         if image.getchannel("A").getextrema()[0] > 250:  # no transparency: a rectangle, not a thing
             continue
         image.thumbnail((CUTOUT_SIDE, CUTOUT_SIDE), Image.Resampling.LANCZOS)
-        found.setdefault(picture.concept, []).append(CutOut(image, measured_colour(image), picture.style))
+        colour = None if picture.concept in SEVERAL_COLOURS else measured_colour(image)
+        found.setdefault(picture.concept, []).append(CutOut(image, colour, picture.style))
     return found
 
 

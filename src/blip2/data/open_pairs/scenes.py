@@ -22,25 +22,26 @@ from blip2.data.sample import Question, Sample
 SIDE = 256
 GAP = 4  # pixels between boxes
 NUMBERS = ("zero", "one", "two", "three", "four")
-COLOUR_SHARE = 0.5  # of a thing's pixels, for its colour to be asked
+COLOUR_SHARE = 0.55  # of a thing's pixels, for its colour to be asked
 MOST_QUESTIONS = 8
 UNCLEAR = "unclear"  # between two colour names; never asked
-HUE_MARGIN = 2  # degrees around a bound that count as unclear
 HUES = (
-    (14, "red"),
-    (42, "orange"),
-    (68, "yellow"),
-    (165, "green"),
-    (255, "blue"),
-    (295, "purple"),
-    (345, "pink"),
-)  # upper bounds in degrees; what is beyond the last is red again
+    (0, 12, "red"),
+    (18, 34, "orange"),
+    (43, 62, "yellow"),
+    (75, 160, "green"),
+    (190, 245, "blue"),
+    (258, 310, "purple"),
+    (318, 345, "pink"),
+    (350, 360, "red"),
+)  # degrees from, to; what lies between two names is never asked: gold, teal, indigo, crimson
 RELATIONS = {
     "left": "to the left of",
     "right": "to the right of",
     "above": "above",
     "below": "below",
 }
+SEVERAL_COLOURS = {"zebra", "skunk", "necktie", "tractor", "eye"}  # one covers most, yet does not tell its colour
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
@@ -307,17 +308,24 @@ def measured_colour(cutout: Image.Image) -> str | None:
 
 
 def _colour_name(red: int, green: int, blue: int) -> str:
+    """The name of a colour that nobody would dispute, else UNCLEAR. Bounds were set by eye on all cut-outs."""
     hue, saturation, value = colorsys.rgb_to_hsv(red / 255, green / 255, blue / 255)
-    degrees = hue * 360
-    if value < 0.28 or (value < 0.48 and saturation < 0.42):
+    if value < 0.28 or (value < 0.33 and saturation < 0.3):
         return "black"
     if saturation < 0.12:
-        return "white" if value > 0.85 else "grey"
-    if saturation < 0.25 or any(abs(degrees - bound) < HUE_MARGIN for bound, _ in HUES):
-        return UNCLEAR
-    name = next((name for bound, name in HUES if degrees < bound), "red")
-    if name == "orange" and value < 0.68:
+        return "white" if value > 0.87 else "grey" if 0.36 < value < 0.78 else UNCLEAR
+    degrees = hue * 360
+    if value < 0.72 and 0.3 < saturation < 0.8 and 4 < degrees < 40:
         return "brown"
-    if name == "red" and value > 0.8 and saturation < 0.62:
-        return "pink"
-    return UNCLEAR if name == "orange" and saturation < 0.6 else name  # beige, skin, cardboard
+    if saturation < 0.4:
+        return UNCLEAR  # steel, lavender, beige
+    name = next((name for low, high, name in HUES if low <= degrees < high), UNCLEAR)
+    if name == "orange" and value < 0.72:
+        return UNCLEAR
+    if name == "red" and saturation < 0.65:
+        return "pink" if degrees < 6 or degrees >= 350 else UNCLEAR  # salmon
+    if name == "orange" and saturation < 0.68:
+        return UNCLEAR  # skin, cardboard
+    if name == "pink" and degrees > 333 and saturation > 0.75:
+        return UNCLEAR  # crimson
+    return name if value > 0.45 else UNCLEAR

@@ -4,16 +4,10 @@ Chosen by hand so that "two X" is English and X says nothing of colour, number o
 """
 
 IRREGULAR = {
-    "mouse": "mice", "fish": "fish", "sheep": "sheep", "knife": "knives", "leaf": "leaves", "tomato": "tomatoes",
-    "potato": "potatoes", "octopus": "octopuses", "strawberry": "strawberries", "cherries": "cherries",
-    "butterfly": "butterflies", "teddy bear": "teddy bears", "watch": "watches", "bus": "buses", "fox": "foxes",
-    "sandwich": "sandwiches", "peach": "peaches", "dress": "dresses", "glasses": "glasses",
-    "toothbrush": "toothbrushes",
-    "ox": "oxen", "goose": "geese", "ostrich": "ostriches", "canoe": "canoes", "scarf": "scarves", "wolf": "wolves",
-    "mango": "mangoes",
-    "fly": "flies", "cactus": "cactuses", "lobster": "lobsters", "squid": "squids", 
-    "torch": "torches", "fairy": "fairies", "candy": "candies", "lollipop": "lollipops", "compass": "compasses",
-    "wrench": "wrenches", "hibiscus": "hibiscuses",
+    "mouse": "mice", "fish": "fish", "sheep": "sheep", "deer": "deer", "bison": "bison", "shrimp": "shrimp",
+    "squid": "squid", "knife": "knives", "wolf": "wolves", "tooth": "teeth", "snowman": "snowmen",
+    "tomato": "tomatoes", "potato": "potatoes", "mango": "mangoes", "volcano": "volcanoes", "octopus": "octopuses",
+    "broccoli": "heads of broccoli", "cherries": "cherries", "glasses": "glasses",
 }  # fmt: skip
 
 NOUNS = [
@@ -283,4 +277,5 @@ SCENE_NOUNS = tuple(noun for noun in dict.fromkeys(NOUNS) if noun not in NOT_COU
 
 def with_article(noun: str) -> str:
     """ "a cat", "an owl"."""
-    return f"an {noun}" if noun[0] in "aeiou" and not noun.startswith(("uni", "euc")) else f"a {noun}"
+    sounds_open = noun[0] in "aeiou" and not noun.startswith(("uni", "euc"))
+    return f"an {noun}" if sounds_open or noun.startswith("hour") else f"a {noun}"
