@@ -10,6 +10,8 @@
     │   ├── UnknownModel      a name that is no model
     │   └── Untrusted         a file that could run code or lies about its contents
     └── DownloadFailed        the network or a mirror is at fault                exit code 2
+
+Exit codes are those of the command line.
 """
 
 

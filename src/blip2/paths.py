@@ -4,6 +4,9 @@
     models/     frozen parts, unpacked or converted once
     data/       data sets built from the packages
     runs/       training runs
+    features/   image features of frozen encoders
+
+A folder that is not there is made when something is put into it.
 """
 
 import os

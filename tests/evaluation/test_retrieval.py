@@ -100,3 +100,10 @@ def test_reranking_all_candidates_is_scoring_all_pairs():
     reranked = rerank(similarity, 9, lambda pairs: logits[pairs[:, 0], pairs[:, 1]])
     assert torch.equal(reranked.image_to_text, similarity + logits)
     assert torch.equal(reranked.text_to_image, (similarity + logits).T)
+
+
+def test_searching_one_way_matches_only_its_candidates():
+    asked = []
+    reranked = rerank(SIMILARITY, 1, lambda pairs: asked.append(pairs.tolist()) or torch.zeros(3), both_ways=False)
+    assert asked == [[[0, 0], [1, 0], [2, 1]]]
+    assert reranked.text_to_image is None

@@ -86,7 +86,7 @@ def test_stage_2_starts_from_the_queries_of_stage_1(root, tmp_path):
 
 def test_a_start_that_does_not_fit_is_refused(root, tmp_path):
     run_blip2(root, "stage1", tmp_path / "first", steps=2)
-    with pytest.raises(BadRecipe, match="num_query|queries"):
+    with pytest.raises(BadRecipe, match="queries"):
         build_in(root, tiny_recipe(root, "stage1", init_from=str(tmp_path / "first"), num_query_tokens=5), tmp_path)
     with pytest.raises(MissingFile, match="nowhere"):
         build_in(root, tiny_recipe(root, "stage1", init_from=str(tmp_path / "nowhere")), tmp_path)

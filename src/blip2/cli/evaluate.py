@@ -23,7 +23,13 @@ def evaluate(
         list[str] | None,
         typer.Option(help="retrieval, captions, vqa, easy_vqa or baselines; repeatable. All that the model can do."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=0, help="Pictures or questions of a split at most; 0 takes all.")] = 2000,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Pictures or questions of a split at most; 0 takes all. By default 1,000 captions and questions.",
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for evaluation.json, table.md and plots.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object of fractions instead.")] = False,
     batch_size: options.BatchSize = 64,
@@ -60,7 +66,7 @@ def evaluate(
     print(json_format.dumps(metrics) if json else report.as_text(cells))
     part_of = [prefix for prefix, (used, total) in results.counts.items() if used < total]
     if part_of:
-        note(f"Only a part was used of {', '.join(part_of)}: --limit {limit}; --limit 0 takes all.", quiet=quiet)
+        note(f"Only a part was used of {', '.join(part_of)}; --limit 0 takes all.", quiet=quiet)
     note(f"{seconds} s", quiet=quiet)
 
 

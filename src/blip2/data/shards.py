@@ -26,10 +26,11 @@ SAMPLES_PER_SHARD = 2000
 
 @dataclass(frozen=True)
 class Shard:
-    """A written shard, as the manifest lists it."""
+    """A written shard, as the manifest lists it; `pictures_sha256` is of the pictures alone, in order."""
 
     file: str
     sha256: str
+    pictures_sha256: str
     count: int
 
 
@@ -99,10 +100,10 @@ def read_split(folder: Path | str, split: str) -> Iterator[Sample]:
     yield from open_split(folder, split)
 
 
-def split_sha256(folder: Path | str, split: str) -> str:
-    """One hash of all pictures and texts of a split, from the manifest."""
+def pictures_sha256(folder: Path | str, split: str) -> str:
+    """One hash of all pictures of a split, from the manifest; texts may change and leave it as it is."""
     shards = _shards(Path(folder), split)
-    return hashlib.sha256(" ".join(shard.sha256 for shard in shards).encode()).hexdigest()
+    return hashlib.sha256(" ".join(shard.pictures_sha256 for shard in shards).encode()).hexdigest()
 
 
 def verify(folder: Path | str) -> None:
@@ -162,12 +163,18 @@ def _shards(folder: Path, split: str) -> list[Shard]:
     splits = read_manifest(folder)["splits"]
     if split not in splits:
         raise MissingFile(f"{folder} has no split {split!r}; it has {', '.join(splits)}.")
-    return [Shard(**shard) for shard in splits[split]["shards"]]
+    try:
+        return [Shard(**shard) for shard in splits[split]["shards"]]
+    except TypeError:  # fields of another version of this program
+        raise BadData(
+            f"{folder} was written by another version of this program. Build it again with: blip2 data build --force."
+        ) from None
 
 
 def _write_shard(folder: Path, name: str, samples: Sequence[Sample]) -> Shard:
     path = folder / f"{name}.tar"
     index = []
+    pictures = hashlib.sha256()
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
         for number, sample in enumerate(samples):
             key = f"{name.rsplit('-', 1)[1]}{number:05d}"
@@ -177,9 +184,10 @@ def _write_shard(folder: Path, name: str, samples: Sequence[Sample]) -> Shard:
             _add(archive, f"{key}.{_suffix(sample.image)}", sample.image)
             _add(archive, f"{key}.txt", sample.captions[0].encode() if sample.captions else b"")
             _add(archive, f"{key}.json", text)
+            pictures.update(sample.image)
             index.append({"offset": offset, "size": len(sample.image), "sample": description})
     path.with_suffix(".idx.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
-    return Shard(path.name, _sha256(path), len(samples))
+    return Shard(path.name, _sha256(path), pictures.hexdigest(), len(samples))
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:

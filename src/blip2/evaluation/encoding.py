@@ -1,7 +1,7 @@
 """Pictures through the frozen image encoder, once each, their features kept in memory while they are needed."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -39,25 +39,37 @@ class Progress:
 
 def encode(model: Blip2, samples: Sequence[Sample], what: str, say: Say) -> Tensor:
     """Image features (P, N, Dv) of the samples' pictures, in memory as float16, as training's caches are."""
-    features = [rows.to(device="cpu", dtype=torch.float16) for rows in _encoded(model, samples, what, say)]
-    return torch.cat(features)
+    features = torch.empty(0, dtype=torch.float16)
+    for rows, encoded in _encoded(model, samples, what, say):
+        if not len(features):
+            features = torch.empty(len(samples), *encoded.shape[1:], dtype=torch.float16)
+        features[rows] = encoded.to(device="cpu", dtype=torch.float16)
+    return features
 
 
 def encode_pooled(model: Blip2, samples: Sequence[Sample], what: str, say: Say) -> np.ndarray:
     """Pooled features (P, 2 Dv) of the samples' pictures: the mean over the tokens, then the maximum."""
-    return np.concatenate([pool(rows) for rows in _encoded(model, samples, what, say)])
+    pooled = np.empty((len(samples), 2 * model.vision_model.width))  # made at once: pieces would tear the heap apart
+    for rows, encoded in _encoded(model, samples, what, say):
+        pooled[rows] = pool(encoded)
+    return pooled
 
 
 def pool(features: Tensor) -> np.ndarray:
     """Mean and maximum over the tokens: (P, N, Dv) -> (P, 2 Dv), double precision."""
-    features = features.float()
-    return torch.cat([features.mean(dim=1), features.amax(dim=1)], dim=1).double().cpu().numpy()
+    pooled = [_pool(some.float()) for some in features.split(64)]  # in pieces, since they are widened to float32
+    return torch.cat(pooled).double().cpu().numpy()
 
 
-def _encoded(model: Blip2, samples: Sequence[Sample], what: str, say: Say):
+def _pool(features: Tensor) -> Tensor:
+    return torch.cat([features.mean(dim=1), features.amax(dim=1)], dim=1)
+
+
+def _encoded(model: Blip2, samples: Sequence[Sample], what: str, say: Say) -> Iterator[tuple[slice, Tensor]]:
+    """Which samples, and their features (B, N, Dv)."""
     progress = Progress(say, f"image features of {what}", len(samples))
     size = PICTURES_AT_ONCE[next(model.vision_model.parameters()).device.type]
     for first in range(0, len(samples), size):
-        some = samples[first : first + size]
-        yield model.image_features([sample.image for sample in some])  # (B, N, Dv)
-        progress.add(len(some))
+        rows = slice(first, min(first + size, len(samples)))
+        yield rows, model.image_features([sample.image for sample in samples[rows]])
+        progress.add(rows.stop - rows.start)

@@ -70,14 +70,14 @@ class Reranked:
 
     Attributes:
         image_to_text: (I, T).
-        text_to_image: (T, I).
+        text_to_image: (T, I), None where only images searched.
     """
 
     image_to_text: Tensor
-    text_to_image: Tensor
+    text_to_image: Tensor | None
 
 
-def rerank(similarity: Tensor, k: int, match_pairs: Callable[[Tensor], Tensor]) -> Reranked:
+def rerank(similarity: Tensor, k: int, match_pairs: Callable[[Tensor], Tensor], *, both_ways: bool = True) -> Reranked:
     """ITM re-ranking of each query's k best candidates, score = ITM positive logit + ITC cosine (as the original).
 
     A pair that is a candidate in both directions is matched once.
@@ -86,17 +86,19 @@ def rerank(similarity: Tensor, k: int, match_pairs: Callable[[Tensor], Tensor]) 
         similarity: (I, T) ITC cosines.
         k: candidates of a query (paper: 128 of 5,000).
         match_pairs: (P, 2) numbers of images and texts, ordered by image -> (P,) ITM positive logits.
+        both_ways: let texts search images too.
 
     Returns:
         Scores in which every candidate stands above what is none; those keep the order of their cosines.
     """
     by_image = _is_among_best(similarity, k)
-    by_text = _is_among_best(similarity.T, k).T
+    by_text = _is_among_best(similarity.T, k).T if both_ways else torch.zeros_like(by_image)
     pairs = (by_image | by_text).nonzero()  # (P, 2)
     logits = torch.zeros_like(similarity)
     logits[pairs[:, 0], pairs[:, 1]] = match_pairs(pairs).to(logits)
     matched, others = similarity + logits, similarity - NOT_A_CANDIDATE
-    return Reranked(torch.where(by_image, matched, others), torch.where(by_text, matched, others).T)
+    text_to_image = torch.where(by_text, matched, others).T if both_ways else None
+    return Reranked(torch.where(by_image, matched, others), text_to_image)
 
 
 def _is_among_best(scores: Tensor, k: int) -> Tensor:

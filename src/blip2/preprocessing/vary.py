@@ -45,5 +45,8 @@ def _smaller(image: Image.Image, scale: float, across: float, down: float) -> Im
 def _on_ground(image: Image.Image, colour: tuple[int, ...]) -> Image.Image:
     """White becomes `colour`, darker pixels darken less: multiplication, as with tinted glass."""
     red, green, blue = image.split()
-    tinted = [band.point([value * level // 255 for value in range(256)]) for band, level in zip((red, green, blue), colour, strict=True)]
+    tinted = [
+        band.point([value * level // 255 for value in range(256)])
+        for band, level in zip((red, green, blue), colour, strict=True)
+    ]
     return Image.merge("RGB", tinted)

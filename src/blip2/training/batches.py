@@ -27,7 +27,7 @@ class Source:
     """A split with its image features.
 
     Attributes:
-        samples: the split.
+        samples: the split's texts; the pictures are in `features`.
         features: row `sample * num_views + view`.
         num_views: cached views of a picture.
         weight: share in the mixture.

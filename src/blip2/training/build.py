@@ -15,7 +15,7 @@ from blip2 import paths
 from blip2.checkpoints import frozen
 from blip2.data.features import CacheKey, FeatureCache, open_or_build
 from blip2.data.sample import Sample
-from blip2.data.shards import open_split, split_sha256
+from blip2.data.shards import open_split, pictures_sha256
 from blip2.errors import BadRecipe, MissingFile
 from blip2.inference.loading import wrap_language_model
 from blip2.model.config import QFormerConfig
@@ -143,7 +143,7 @@ def _source(recipe: Recipe, item: MixtureItem, parts: FrozenParts) -> Source:
         if not questions:
             raise BadRecipe(f"data.mixture: the split {item.split} has no questions; give it the task caption.")
     features = split_features(folder, item.split, samples, parts, num_views=item.num_views, flip=item.flip)
-    return Source(samples, features, item.num_views, item.weight, questions)
+    return Source(list(samples.described()), features, item.num_views, item.weight, questions)
 
 
 def split_features(
@@ -169,7 +169,7 @@ def split_features(
     probe = vision(transform(load_image(samples[0].image))[None])
     key = CacheKey(
         encoder=parts.vision_sha256,
-        pictures=split_sha256(folder, split),
+        pictures=pictures_sha256(folder, split),
         views=f"{num_views} views, flip {flip}, {VIEWS}" if num_views > 1 else f"plain, {vision.image_size} px",
         num_rows=len(samples) * num_views,
         shape=(probe.shape[1], probe.shape[2]),
@@ -207,6 +207,7 @@ def _stage1_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader) -> Job:
         negatives=training.negatives,
         label_smoothing=training.label_smoothing,
         weights=(training.itc_weight, training.itm_weight, training.itg_weight),
+        matched_share=training.matched_share,
     )
     batches = Stage1Batches(reader, parts.qformer_tokenizer, recipe.data, training.micro_batch_size)
     folder = data_folder(recipe.data.folder)

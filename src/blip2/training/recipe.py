@@ -156,6 +156,8 @@ class TrainingSection:
     """Weight of the contrastive loss (stage 1)."""
     itm_weight: Rate = 1.0
     """Weight of the matching loss (stage 1)."""
+    matched_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of a batch's pairs that ITM matches; their negatives come from the whole batch. Saves time (stage 1)."""
     itg_weight: Rate = 1.0
     """Weight of the captioning loss (stage 1)."""
     log_every: Positive = 20

@@ -43,6 +43,7 @@ class Stage1Step(nn.Module):
         negatives: how hard negatives are drawn.
         label_smoothing: of ITC and ITG.
         weights: of ITC, ITM and ITG in the sum.
+        matched_share: share of the pairs that ITM matches, at least one.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Stage1Step(nn.Module):
         negatives: NegativeRule = "paper",
         label_smoothing: float = 0.1,
         weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        matched_share: float = 1.0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -60,6 +62,7 @@ class Stage1Step(nn.Module):
         self.negatives: NegativeRule = negatives
         self.label_smoothing = label_smoothing
         self.weights = weights
+        self.matched_share = matched_share
 
     def forward(self, batch: Stage1Batch) -> dict[str, Tensor]:
         """Losses `itc`, `itm`, `itg`, their weighted sum `loss`, and how often ITC and ITM were right, all scalars."""
@@ -85,14 +88,15 @@ class Stage1Step(nn.Module):
     def _match(
         self, image: ImageKeyValues, text: Text, similarity: Similarities, is_positive: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """ITM over 3B pairs: (image, text), (negative image, text), (image, negative text)."""
-        negative_image = draw_negatives(similarity.text_to_image, is_positive, self.negatives)  # (B,)
-        negative_text = draw_negatives(similarity.image_to_text, is_positive, self.negatives)  # (B,)
-        own = torch.arange(is_positive.shape[0], device=is_positive.device)
+        """ITM over 3M pairs: (image, text), (negative image, text), (image, negative text); M = B but for the share."""
+        matched = max(1, round(is_positive.shape[0] * self.matched_share))
+        own = torch.arange(matched, device=is_positive.device)  # (M,)
+        negative_image = draw_negatives(similarity.text_to_image[own], is_positive[own], self.negatives)  # (M,)
+        negative_text = draw_negatives(similarity.image_to_text[own], is_positive[own], self.negatives)  # (M,)
         image_rows = torch.cat([own, negative_image.clamp(min=0), own])
         text_rows = torch.cat([own, own, negative_text.clamp(min=0)])
-        labels = torch.cat([torch.full_like(own, MATCH), _label(negative_image), _label(negative_text)])  # (3B,)
-        logits = self.model.match_logits(select_images(image, image_rows), text[text_rows])  # (3B, 2)
+        labels = torch.cat([torch.full_like(own, MATCH), _label(negative_image), _label(negative_text)])  # (3M,)
+        logits = self.model.match_logits(select_images(image, image_rows), text[text_rows])  # (3M, 2)
         counted = labels != IGNORED
         right = ((logits.argmax(dim=1) == labels) & counted).sum() / counted.sum()
         return itm_loss(logits, labels), right

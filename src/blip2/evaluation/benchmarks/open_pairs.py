@@ -35,7 +35,7 @@ from blip2.evaluation.vqa import Answered, AnswerPrior, accuracy, accuracy_by_ki
 from blip2.inference.blip2 import Blip2
 
 STYLE, CONCEPTS, PAIRS = "held_out_style", "held_out_concepts", "train_pairs"
-LIMIT = 2000  # pictures or questions of a split
+SPOKEN = 1000  # captions, and questions of a split, where no limit is given: enough for one percent of standard error
 CANDIDATES = 10  # re-ranked for each query
 TASKS = {  # task -> the part of the model that it needs
     "retrieval": "stage1",
@@ -69,8 +69,9 @@ def run(
     folder: Path,
     tasks: Iterable[str] = TASKS,
     *,
-    limit: int = LIMIT,
+    limit: int | None = None,
     batch_size: int = 64,
+    sentence_model: str = baselines.SENTENCE_MODEL,
     say: Say = print,
 ) -> Results:
     """Runs the tasks.
@@ -79,8 +80,10 @@ def run(
         model: loaded with the parts that the tasks need.
         folder: of the open data set.
         tasks: names in TASKS.
-        limit: pictures or questions of a split at most; 0: all.
+        limit: pictures or questions of a split at most; 0: all. None: all pictures for retrieval and the baselines,
+            SPOKEN captions and questions, which take the language model's time.
         batch_size: questions answered at once.
+        sentence_model: gives the ridge baseline its sentence embeddings.
         say: told how far it is.
 
     Raises:
@@ -92,9 +95,9 @@ def run(
     for task in chosen:
         if task not in TASKS:
             raise UserError(f"No task is called {task!r}. These are: {', '.join(TASKS)}.")
-    if limit < 0:
+    if limit is not None and limit < 0:
         raise UserError(f"The limit is {limit}; give the most samples of a split to take, or 0 for all.")
-    bench = _Benchmark(model, folder, limit, batch_size, say)
+    bench = _Benchmark(model, folder, limit=limit, batch_size=batch_size, sentence_model=sentence_model, say=say)
     work: dict[str, Callable[[], None]] = {
         "retrieval": bench.retrieval,
         "captions": bench.captions,
@@ -136,8 +139,13 @@ class _Pictures:
 class _Benchmark:
     """The tasks on one model; features that several tasks use are made once."""
 
-    def __init__(self, model: Blip2, folder: Path, limit: int, batch_size: int, say: Say) -> None:
-        self.model, self.folder, self.limit, self.batch_size, self.say = model, folder, limit, batch_size, say
+    def __init__(
+        self, model: Blip2, folder: Path, *, limit: int | None, batch_size: int, sentence_model: str, say: Say
+    ) -> None:
+        self.model, self.folder, self.say = model, folder, say
+        self.batch_size, self.sentence_model = batch_size, sentence_model
+        self.limit = limit or 0
+        self.spoken = SPOKEN if limit is None else limit
         self.results = Results()
         self._pictures: dict[str, _Pictures] = {}
 
@@ -149,19 +157,21 @@ class _Benchmark:
             pictures = self.pictures(split)
             texts, features = pictures.texts, pictures.features
             similarity = similarity_matrix(retriever, features, texts, self.say)  # (P, T)
-            reranked = retrieval.rerank(
-                similarity, CANDIDATES, lambda pairs, t=texts, f=features: match_pairs(retriever, f, t, pairs, self.say)
-            )
+
+            def match(pairs: Tensor, features: Tensor = features, texts: Sequence[str] = texts) -> Tensor:
+                return match_pairs(retriever, features, texts, pairs, self.say)
+
+            reranked = retrieval.rerank(similarity, CANDIDATES, match, both_ways=pictures.are_all)
             metrics = self._recalls(pictures, similarity, similarity.T)
             best = self._recalls(pictures, reranked.image_to_text, reranked.text_to_image)
             metrics |= {name.replace("_r1", "_reranked_r1"): best[name] for name in best if name.endswith("_r1")}
             self._add("retrieval", split, metrics)
 
-    def _recalls(self, pictures: _Pictures, image_to_text: Tensor, text_to_image: Tensor) -> dict[str, float]:
+    def _recalls(self, pictures: _Pictures, image_to_text: Tensor, text_to_image: Tensor | None) -> dict[str, float]:
         """Recalls both ways and chance; text to image only where all pictures are searched."""
         correct = pictures.correct
         found = {f"image_to_text_{name}": v for name, v in retrieval.recalls(image_to_text, correct).items()}
-        if pictures.are_all:
+        if pictures.are_all and text_to_image is not None:
             found |= {f"text_to_image_{name}": v for name, v in retrieval.recalls(text_to_image, correct.T).items()}
         return found | {"chance": retrieval.chance_recall(correct)}
 
@@ -183,15 +193,17 @@ class _Benchmark:
     def captions(self) -> None:
         """Captions of the held-out style against its labels."""
         pictures, prompts = self.pictures(STYLE), self.model.settings.prompts
+        chosen = spread(len(pictures.samples), self.spoken)
         said = caption_all(
             self.model.generator,
-            pictures.features,
+            pictures.features[chosen],
             prompts.caption,
             prompts.caption_instruction,
             self.say,
             batch_size=self.batch_size,
         )
-        self._add("captions", STYLE, caption_metrics(said, [sample.captions for sample in pictures.samples]))
+        metrics = caption_metrics(said, [pictures.samples[i].captions for i in chosen])
+        self.results.add(f"captions/{STYLE}", metrics, used=len(chosen), total=pictures.total)
 
     # -- questions ------------------------------------------------------------------------------------------------
     def vqa(self) -> None:
@@ -218,10 +230,10 @@ class _Benchmark:
         samples = open_split(self.folder, split)
         total = sum(len(sample.questions) for sample in samples.described())
         per_picture = total / max(len(samples), 1)
-        num_pictures = max(1, round(self.limit / per_picture)) if self.limit else 0
+        num_pictures = max(1, round(self.spoken / per_picture)) if self.spoken else 0
         chosen = [samples[i] for i in spread(len(samples), num_pictures)]
         asked = [Asked(row, question) for row, sample in enumerate(chosen) for question in sample.questions]
-        return chosen, asked[: self.limit or None], total
+        return chosen, asked[: self.spoken or None], total
 
     def _prior(self, split: str) -> AnswerPrior:
         samples = open_split(self.folder, split)
@@ -252,12 +264,12 @@ class _Benchmark:
         gallery_told = told + list(concepts.described())
         gallery = np.concatenate([inputs, self._pooled(CONCEPTS, concepts)])
         self._nearest_neighbour(gallery, gallery_told)
-        captions = baselines.sentence_embeddings([sample.captions[0] for sample in told])
+        captions = baselines.sentence_embeddings([sample.captions[0] for sample in told], self.sentence_model)
         predict = baselines.ridge(inputs, captions)
         centre = captions.mean(axis=0)
         for split in (CONCEPTS, STYLE):
             pictures = self.pictures(split)
-            texts = baselines.sentence_embeddings(pictures.texts)
+            texts = baselines.sentence_embeddings(pictures.texts, self.sentence_model)
             scores = baselines.ridge_scores(predict(pool(pictures.features)), texts, centre)
             self._add_baseline("ridge", split, scores)
 
