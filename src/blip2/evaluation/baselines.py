@@ -100,7 +100,7 @@ def ridge_scores(predicted: np.ndarray, text_embeds: np.ndarray, centre: np.ndar
 
 @torch.inference_mode()
 def sentence_embeddings(texts: Sequence[str], name: str = SENTENCE_MODEL) -> np.ndarray:
-    """Sentence embeddings (T, E), unit length: the mean of a BERT's last hidden states over the tokens, as MiniLM has it.
+    """Sentence embeddings (T, E), unit length: the mean of a BERT's last hidden states, as MiniLM has it.
 
     Args:
         texts: T texts.
