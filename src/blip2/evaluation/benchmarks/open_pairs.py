@@ -300,10 +300,11 @@ class _Benchmark:
         made_of = f"{frozen.fingerprint(encoder)} {pictures_sha256(self.folder, split)} {self.model.transform} mean max"
         path = paths.home() / "features" / f"pooled-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}.npy"
         if not path.is_file():
+            pooled = encode_pooled(self.model, samples, split, self.say).astype(np.float32)
             path.parent.mkdir(parents=True, exist_ok=True)
             beside = path.with_suffix(f".{os.getpid()}.partial")
             with open(beside, "wb") as file:
-                np.save(file, encode_pooled(self.model, samples, split, self.say).astype(np.float32))
+                np.save(file, pooled)
             os.replace(beside, path)
         return np.load(path, allow_pickle=False).astype(np.float64)
 
