@@ -9,7 +9,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-MISSPELT_ON_PURPOSE := wieght
 
 .PHONY: setup demo test test-all lint bench docs clean
 
@@ -36,7 +35,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
-	$(BIN)/codespell --ignore-words-list $(MISSPELT_ON_PURPOSE) $(wildcard *.md docs src tests)
+	$(BIN)/codespell $(wildcard *.md docs src tests)
 	$(BIN)/pyright --pythonpath $(BIN)/python src
 
 bench: setup

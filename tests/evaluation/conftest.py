@@ -4,12 +4,12 @@ import io
 
 import numpy as np
 import pytest
+from inference.tiny_model import make_tiny_model
 from PIL import Image
 
 import blip2
 from blip2.data.sample import Question, Sample
 from blip2.data.shards import write_manifest, write_split
-from tests.inference.tiny_model import make_tiny_model
 
 CONCEPTS = ("cat", "red cup", "star", "blue star", "two cats", "green cup")
 COLOURS = ("red", "blue", "green")

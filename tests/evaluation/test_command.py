@@ -4,11 +4,11 @@ import json
 
 import pytest
 import typer
+from inference.tiny_model import make_tiny_model
 from typer.testing import CliRunner
 
 from blip2.cli.evaluate import evaluate
 from blip2.errors import MissingFile, MissingPart, UnknownModel
-from tests.inference.tiny_model import make_tiny_model
 
 app = typer.Typer()
 app.command()(evaluate)
