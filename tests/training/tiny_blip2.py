@@ -11,7 +11,7 @@ from blip2.data.sample import Question, Sample
 from blip2.data.shards import write_manifest, write_split
 from blip2.training.loop import Job, Summary, train
 from blip2.training.recipe import Recipe, recipe_from_settings
-from tests.inference.tiny_model import make_tiny_model
+from inference.tiny_model import make_tiny_model
 
 COLOURS = ("red", "green", "blue", "white", "black", "orange")
 

@@ -190,7 +190,7 @@ def _convert_smollm2(target: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     # A model read from GGUF counts as quantised, and such a model refuses to be saved: hand its weights to a plain one.
     config = model.config
-    del config.quantization_config
+    delattr(config, "quantization_config")
     plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(model.state_dict(), strict=True)
     with _quiet():

@@ -16,6 +16,7 @@ from blip2.cli.chat import chat
 from blip2.cli.data import app as data
 from blip2.cli.demo import demo
 from blip2.cli.embed import embed
+from blip2.cli.evaluate import evaluate
 from blip2.cli.export import export
 from blip2.cli.info import info
 from blip2.cli.match import match
@@ -30,7 +31,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (caption, ask, chat, match, embed, info, demo, train, export):
+for command in (caption, ask, chat, match, embed, info, demo, train, evaluate, export):
     app.command()(command)
 app.add_typer(data, name="data")
 

@@ -62,8 +62,8 @@ class FeatureCache:
     def __len__(self) -> int:
         return self._rows.shape[0]
 
-    def read(self, rows: np.ndarray) -> np.ndarray:
-        """Features (len(rows), N, C) float16 of the numbered rows."""
+    def read(self, rows: np.ndarray | int) -> np.ndarray:
+        """Features (len(rows), N, C) float16 of the numbered rows; (N, C) of one."""
         return self._rows[rows]
 
 

@@ -35,7 +35,7 @@ BATCH_NORM_EPS = 1e-3
 LOCAL_STAGE, GLOBAL_STAGE = 4, 6  # indices into STAGES: the last with stride 16, the last of all
 
 # (rgb - 127) / 128 on 0..255, as the weights were trained, for values in 0..1.
-IMAGE_MEAN, IMAGE_STD = (127 / 255,) * 3, (128 / 255,) * 3
+IMAGE_MEAN, IMAGE_STD = (127 / 255, 127 / 255, 127 / 255), (128 / 255, 128 / 255, 128 / 255)
 
 
 def scaled_channels(channels: int, factor: float) -> int:
@@ -215,7 +215,7 @@ class EfficientNetTokens(ImageEncoder):
         """
         feature_width = network.stage_channels[LOCAL_STAGE] + network.stage_channels[GLOBAL_STAGE]
         super().__init__(
-            network.to(memory_format=torch.channels_last),
+            network.to(memory_format=torch.channels_last),  # pyright: ignore[reportCallIssue]
             name=name,
             image_size=image_size,
             width=feature_width + POSITION_CHANNELS,
@@ -240,7 +240,9 @@ class EfficientNetTokens(ImageEncoder):
             (B, N, 472 for Lite2) with N = ceil(H / 16) * ceil(W / 16), row by row, of standard deviation near 1.
         """
         pixel_values = pixel_values.to(self.dtype).contiguous(memory_format=torch.channels_last)
-        stages = self.network.stages(pixel_values)
+        network = self.network
+        assert isinstance(network, EfficientNetLite)
+        stages = network.stages(pixel_values)
         local, whole = stages[LOCAL_STAGE], stages[GLOBAL_STAGE]  # (B, 120, H/16, W/16), (B, 352, H/32, W/32)
         whole = F.interpolate(whole, size=local.shape[-2:], mode="bilinear", align_corners=False)
         joined = torch.cat([whole / GLOBAL_STD, local / LOCAL_STD], dim=1)  # (B, 472, H/16, W/16)

@@ -49,6 +49,8 @@ class Decoding:
 class _FrozenLM(nn.Module):
     """What both kinds share: frozen weights that stay in evaluation mode, embeddings and width."""
 
+    model: Any  # a Hugging Face model, whose methods are found at run time
+
     def __init__(self, model: nn.Module, *, stop_ids: list[int], pad_id: int) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)

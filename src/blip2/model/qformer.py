@@ -61,6 +61,16 @@ class QFormerOutput:
     past: list[KeyValue]
 
 
+class Projections(nn.Module):
+    """The three linear maps of an attention."""
+
+    def __init__(self, width: int, key_width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(key_width, width)
+        self.value = nn.Linear(key_width, width)
+
+
 class Attention(nn.Module):
     """Multi-head attention with residual and post-norm, as BERT has it.
 
@@ -74,10 +84,7 @@ class Attention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.dropout_prob = config.attention_probs_dropout_prob
         width = config.hidden_size
-        self.attention = nn.Module()
-        self.attention.query = nn.Linear(width, width)
-        self.attention.key = nn.Linear(key_width, width)
-        self.attention.value = nn.Linear(key_width, width)
+        self.attention = Projections(width, key_width)
         self.output = ResidualNorm(width, config)
 
     def project(self, source: Tensor) -> KeyValue:
@@ -178,6 +185,17 @@ class QFormerLayer(nn.Module):
         return sides[0] if len(sides) == 1 else torch.cat(sides, dim=1), own
 
 
+class Layers(nn.Module):
+    """The stack of layers, under the name that Hugging Face gives it."""
+
+    def __init__(self, config: QFormerConfig, *, has_text: bool) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(
+            QFormerLayer(config, has_cross_attention=config.has_cross_attention(i), has_text=has_text)
+            for i in range(config.num_hidden_layers)
+        )
+
+
 class QFormer(nn.Module):
     """All layers; takes ready embeddings (see `TextEmbeddings`) and the image's keys and values.
 
@@ -191,11 +209,7 @@ class QFormer(nn.Module):
         self.config = config
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(
-            QFormerLayer(config, has_cross_attention=config.has_cross_attention(i), has_text=has_text)
-            for i in range(config.num_hidden_layers)
-        )
+        self.encoder = Layers(config, has_text=has_text)
 
     def project_image(self, image_features: Tensor) -> ImageKeyValues:
         """Keys and values of the image for every cross-attention, computed once however many passes use them.
@@ -203,12 +217,13 @@ class QFormer(nn.Module):
         Args:
             image_features: (B, N, Dv), after the vision LayerNorm.
         """
-        layers = self.encoder.layer
-        return {
-            i: layer.crossattention.project(image_features)
-            for i, layer in enumerate(layers)
-            if self.config.has_cross_attention(i)
-        }
+        image = {}
+        for i, layer in enumerate(self.encoder.layer):
+            if self.config.has_cross_attention(i):
+                attention = layer.get_submodule("crossattention")
+                assert isinstance(attention, Attention)
+                image[i] = attention.project(image_features)
+        return image
 
     def forward(
         self,

@@ -35,8 +35,8 @@ class ImageEncoder(nn.Module):
         name: str,
         image_size: int,
         width: int,
-        image_mean: tuple[float, ...],
-        image_std: tuple[float, ...],
+        image_mean: tuple[float, float, float],
+        image_std: tuple[float, float, float],
     ) -> None:
         """Freezes the network and keeps what others must know of it.
 
@@ -52,8 +52,8 @@ class ImageEncoder(nn.Module):
         self.name = name
         self.image_size = image_size
         self.width = width
-        self.image_mean = image_mean
-        self.image_std = image_std
+        self.image_mean: tuple[float, float, float] = image_mean
+        self.image_std: tuple[float, float, float] = image_std
         self.eval()
 
     @property
@@ -95,8 +95,8 @@ class Tower:
 
     embed: Callable[[Any, Tensor], Tensor]
     drop_last_layer: bool
-    image_mean: tuple[float, ...]
-    image_std: tuple[float, ...]
+    image_mean: tuple[float, float, float]
+    image_std: tuple[float, float, float]
     layer_arguments: Mapping[str, None] = field(default_factory=lambda: {"attention_mask": None})
 
 
@@ -136,8 +136,8 @@ class HuggingFaceVision(ImageEncoder):
         *,
         name: str,
         image_size: int | None = None,
-        image_mean: tuple[float, ...] | None = None,
-        image_std: tuple[float, ...] | None = None,
+        image_mean: tuple[float, float, float] | None = None,
+        image_std: tuple[float, float, float] | None = None,
         drop_last_layer: bool | None = None,
     ) -> None:
         """Takes the tower over: its last layer is deleted where the paper's second-last layer is wanted.
@@ -157,7 +157,8 @@ class HuggingFaceVision(ImageEncoder):
                 f"{type(network).__name__} is no vision tower we can read. These are: {', '.join(TOWERS)}. "
                 "To add one, give it a line in TOWERS of blip2/model/vision.py."
             )
-        tower, config = TOWERS[type(network).__name__], network.config
+        tower = TOWERS[type(network).__name__]
+        config: Any = network.config
         super().__init__(
             network,
             name=name,

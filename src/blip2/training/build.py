@@ -137,13 +137,14 @@ def data_folder(name: str) -> Path:
 def _source(recipe: Recipe, item: MixtureItem, parts: FrozenParts) -> Source:
     folder = data_folder(recipe.data.folder)
     samples = open_split(folder, item.split)
+    texts = list(samples.described())
     questions = None
     if item.task == "question":
-        questions = [(i, question) for i, sample in enumerate(samples) for question in sample.questions]
+        questions = [(i, question) for i, sample in enumerate(texts) for question in sample.questions]
         if not questions:
             raise BadRecipe(f"data.mixture: the split {item.split} has no questions; give it the task caption.")
     features = split_features(folder, item.split, samples, parts, num_views=item.num_views, flip=item.flip)
-    return Source(list(samples.described()), features, item.num_views, item.weight, questions)
+    return Source(texts, features, item.num_views, item.weight, questions)
 
 
 def split_features(

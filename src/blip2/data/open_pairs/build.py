@@ -107,7 +107,7 @@ def scene_cutouts(pictures: Sequence[Picture]) -> dict[str, list[CutOut]]:
         if picture.concept not in wanted or picture.source == "clipart":
             continue
         image = picture.cutout.copy()
-        if image.getchannel("A").getextrema()[0] > 250:  # no transparency: a rectangle, not a thing
+        if min(image.getchannel("A").tobytes()) > 250:  # no transparency: a rectangle, not a thing
             continue
         image.thumbnail((CUTOUT_SIDE, CUTOUT_SIDE), Image.Resampling.LANCZOS)
         colour = None if picture.concept in SEVERAL_COLOURS else measured_colour(image)

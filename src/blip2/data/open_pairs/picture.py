@@ -54,7 +54,7 @@ def is_held_out(concept: str) -> bool:
 def cropped(image: Image.Image, side: int = STORED_SIDE) -> Image.Image | None:
     """RGBA without its transparent border, longest side at most `side`; None where nothing is opaque."""
     rgba = image.convert("RGBA")
-    box = rgba.getchannel("A").point(lambda value: 255 if value > 16 else 0).getbbox()
+    box = rgba.getchannel("A").point([255 if value > 16 else 0 for value in range(256)]).getbbox()
     if box is None:
         return None
     rgba = rgba.crop(box)
