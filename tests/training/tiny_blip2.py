@@ -5,13 +5,13 @@ import os
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from inference.tiny_model import make_tiny_model
 from PIL import Image, ImageDraw
 
 from blip2.data.sample import Question, Sample
 from blip2.data.shards import write_manifest, write_split
 from blip2.training.loop import Job, Summary, train
 from blip2.training.recipe import Recipe, recipe_from_settings
-from inference.tiny_model import make_tiny_model
 
 COLOURS = ("red", "green", "blue", "white", "black", "orange")
 
