@@ -40,7 +40,12 @@ def test_results_alone_go_to_standard_output_and_a_closed_pipe_is_no_crash(folde
 def test_ctrl_c_leaves_with_130_and_no_traceback(folder, tiny):
     command = [sys.executable, "-m", "blip2.cli.main", "chat", "pictures/a.png", "--model", tiny]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ}
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a background shell ignores it
     ) as process:
         process.stdin.write(b"what ?\n")
         process.stdin.flush()

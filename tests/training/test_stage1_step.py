@@ -119,7 +119,7 @@ def test_untrained_embeddings_that_say_nothing_cost_log_b(batch: Stage1Batch) ->
     image_side = F.cross_entropy(
         image_text_similarity(embeds, model.embed_texts(batch.text)) / model.temperature, torch.arange(6)
     )
-    assert float(2 * text_side_is_even - image_side) == pytest.approx(math.log(6), abs=1e-5)
+    assert (2 * text_side_is_even - image_side).item() == pytest.approx(math.log(6), abs=1e-5)
 
 
 def test_equal_captions_are_no_negatives_of_each_other() -> None:
@@ -150,14 +150,16 @@ def test_hard_negatives_are_drawn_by_their_softmax() -> None:
     torch.testing.assert_close(shares, expected, atol=0.015, rtol=0)  # four standard errors
 
 
-def test_64_pairs_are_memorised() -> None:
+def test_16_pairs_are_memorised_by_all_three_objectives() -> None:
     torch.manual_seed(0)
     model = Blip2Stage1(None, CONFIG)
-    features = torch.randn(64, 4, 24)
-    ids = torch.cat([torch.full((64, 1), 1), torch.randint(4, 48, (64, 4)), torch.full((64, 1), 2)], dim=1)
-    batch = Stage1Batch(features, Text(ids, torch.ones_like(ids)), torch.arange(64))
+    for parameter in model.parameters():  # from BERT's narrow start so small a model learns to match late
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.15)
+    ids = torch.cat([torch.full((16, 1), 1), torch.randint(4, 48, (16, 4)), torch.full((16, 1), 2)], dim=1)
+    batch = Stage1Batch(torch.randn(16, 4, 24), Text(ids, torch.ones_like(ids)), torch.arange(16))
     step = Stage1Step(model, bos_id=DEC, label_smoothing=0.0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(150):
         losses = step(batch)
         optimizer.zero_grad()
