@@ -65,25 +65,27 @@ class Stage1Step(nn.Module):
         self.matched_share = matched_share
 
     def forward(self, batch: Stage1Batch) -> dict[str, Tensor]:
-        """Losses `itc`, `itm`, `itg`, their weighted sum `loss`, and how often ITC and ITM were right, all scalars."""
+        """Losses `itc`, `itm`, `itg`, their weighted sum `loss`, and how often ITC and ITM were right, all scalars.
+
+        What has weight 0 is not computed.
+        """
         images = self.model.image_pass(batch.image_features)
         image_embeds = self.model.project_queries(images.output)  # (B, Q, E)
         text_embeds = self.model.embed_texts(batch.text)  # (B, E)
         is_positive = same_group(batch.groups, batch.groups)  # (B, B)
         similarity = similarities(image_embeds, text_embeds, image_embeds, text_embeds, self.model.temperature)
-        itc = itc_loss(similarity, is_positive, label_smoothing=self.label_smoothing)
-        itm, itm_accuracy = self._match(images.image, batch.text, similarity, is_positive)
-        itg = self._caption(batch.told or batch.text, images.past)
         itc_weight, itm_weight, itg_weight = self.weights
-        return {
-            "loss": itc_weight * itc + itm_weight * itm + itg_weight * itg,
-            "itc": itc.detach(),
-            "itm": itm.detach(),
-            "itg": itg.detach(),
-            "itc_accuracy": _share_found(image_embeds, text_embeds, is_positive),
-            "itm_accuracy": itm_accuracy,
-            "temperature": self.model.temperature.detach().clone(),
-        }
+        losses = {"itc": itc_loss(similarity, is_positive, label_smoothing=self.label_smoothing)}
+        loss = itc_weight * losses["itc"]
+        found = {"itc_accuracy": _share_found(image_embeds, text_embeds, is_positive)}
+        if itm_weight:
+            losses["itm"], found["itm_accuracy"] = self._match(images.image, batch.text, similarity, is_positive)
+            loss = loss + itm_weight * losses["itm"]
+        if itg_weight:
+            losses["itg"] = self._caption(batch.told or batch.text, images.past)
+            loss = loss + itg_weight * losses["itg"]
+        told = {name: value.detach() for name, value in losses.items()}
+        return {"loss": loss, **told, **found, "temperature": self.model.temperature.detach().clone()}
 
     def _match(
         self, image: ImageKeyValues, text: Text, similarity: Similarities, is_positive: Tensor
