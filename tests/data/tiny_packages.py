@@ -1,6 +1,6 @@
 """Registry packages in their real formats, made tiny: what the open set is built from, without a network.
 
-Each of NOUNS has a photo stamp and an emoji in three styles; clip art shows some of them again.
+Each of NOUNS has a photo stamp and an emoji in seven styles; clip art shows some of them again.
 """
 
 import hashlib
@@ -31,6 +31,10 @@ def install(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
         "fluent-3d": tgz({f"package/assets/{_code(n)}.webp": drawn("red", "WEBP") for n in range(len(NOUNS))}),
         "fluent-flat": tgz(_icons()),
         "twemoji": tgz(_icons()),
+        "openmoji": tgz(_icons()),
+        "emojione": tgz(_icons(has_characters=False)),
+        "fxemoji": tgz(_icons(has_characters=False)),
+        "noto-v1": tgz(_icons(has_characters=False)),
         "easy-vqa": wheel(_easy_vqa()),
     }
     (home / "packages").mkdir(parents=True)
@@ -119,12 +123,15 @@ def _clipart_pngs() -> dict[str, bytes]:
     return files | {f"{CLIPART}png/animals/d.png": b"\x89PNG\r\n\x1a\n and no more"}
 
 
-def _icons() -> dict[str, bytes]:
+def _icons(*, has_characters: bool = True) -> dict[str, bytes]:
+    """An iconify set; some do not say which characters their icons are and leave the list of aliases out."""
     body = '<circle cx="16" cy="16" r="12" fill="{}"/>'
     icons = {noun: {"body": body.format("purple")} for noun in NOUNS}
+    described = {"width": 32, "height": 32, "icons": icons} | ({"aliases": {}} if has_characters else {})
+    characters = {_code(n): noun for n, noun in enumerate(NOUNS)} if has_characters else {}
     return {
-        "package/icons.json": json.dumps({"width": 32, "icons": icons, "aliases": {}}).encode(),
-        "package/chars.json": json.dumps({_code(n): noun for n, noun in enumerate(NOUNS)}).encode(),
+        "package/icons.json": json.dumps(described).encode(),
+        "package/chars.json": json.dumps(characters).encode(),
     }
 
 

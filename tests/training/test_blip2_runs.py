@@ -1,5 +1,6 @@
 """Every stage runs on real parts made tiny, leaves the frozen ones alone, and survives kills bit for bit."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -70,6 +71,18 @@ def test_training_leaves_the_frozen_language_model_as_it_was(root, tmp_path, sta
 def test_an_encoder_decoder_language_model_trains_too(tmp_path, monkeypatch):
     make_parts(tmp_path, decoder_only=False)
     assert run_blip2(tmp_path, "stage2", tmp_path / "run", steps=3).finished
+
+
+@pytest.mark.parametrize(("stage", "is_split"), [("stage2", True), ("instruct", False)])
+def test_captions_are_split_for_an_encoder_decoder_language_model_in_stage_2(tmp_path, monkeypatch, stage, is_split):
+    make_parts(tmp_path, decoder_only=False)
+    monkeypatch.setenv("BLIP2_HOME", str(tmp_path / "home"))
+    recipe = tiny_recipe(tmp_path, stage)
+    captions = dataclasses.replace(recipe.data.mixture[0], task="caption")
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, mixture=(captions,)))
+    batches = build_in(tmp_path, recipe, tmp_path / "run").batches
+    read = {tuple(row) for number in range(8) for row in batches(number).prompt.input_ids.tolist()}
+    assert (len(read) > 1) == is_split  # prefixes differ, the prompt for captions does not
 
 
 def test_stage_2_starts_from_the_queries_of_stage_1(root, tmp_path):

@@ -1,5 +1,6 @@
 """A stage-1 step shares passes and projections; these tests state what it must equal."""
 
+import copy
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 from blip2.model.config import QFormerConfig
 from blip2.model.masks import apart_mask, text_after_queries_mask, together_mask
 from blip2.model.stage1 import Blip2Stage1, Text
-from blip2.objectives.itc import image_text_similarity
+from blip2.objectives.itc import image_text_similarity, sentence_loss
 from blip2.objectives.negatives import draw_negatives
 from blip2.training.stage1 import Stage1Batch, Stage1Step
 
@@ -130,6 +131,28 @@ def test_equal_captions_are_no_negatives_of_each_other() -> None:
             drawn = draw_negatives(similarity, is_positive, rule)
             assert drawn[0] == drawn[1] == 2
             assert drawn[2] in (0, 1)
+
+
+def test_features_equal_to_the_sentences_cost_nothing_and_opposite_ones_4() -> None:
+    sentences = F.normalize(torch.randn(3, 8), dim=-1)
+    images = F.normalize(torch.randn(3, 5, 8), dim=-1)
+    images[:, 2] = sentences  # one query is enough
+    assert sentence_loss(images, sentences, sentences).item() == pytest.approx(0, abs=1e-6)
+    opposite = -sentences[:, None].expand(-1, 5, -1)
+    assert sentence_loss(opposite, -sentences, sentences).item() == pytest.approx(4, abs=1e-6)
+
+
+def test_the_sentence_model_is_left_as_it_was(model: Blip2Stage1, batch: Stage1Batch) -> None:
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in frozen.state_dict().items()}
+    step = Stage1Step(model, bos_id=DEC, sentences=(frozen, 2.0))
+    losses = step(batch)
+    plain = Stage1Step(model, bos_id=DEC)(batch)
+    torch.testing.assert_close(losses["itc"], plain["itc"])
+    assert 0 < losses["sentence"] < 4
+    losses["loss"].backward()
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in frozen.state_dict().items())
 
 
 def test_a_batch_of_one_has_no_negatives_and_still_learns(model: Blip2Stage1, batch: Stage1Batch) -> None:

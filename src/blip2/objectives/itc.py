@@ -63,6 +63,21 @@ def itc_loss(similarity: Similarities, is_positive: Tensor, *, label_smoothing: 
     return (image_side + text_side) / 2
 
 
+def sentence_loss(image_embeds: Tensor, text_embeds: Tensor, sentence_embeds: Tensor) -> Tensor:
+    """How far ITC features are from a frozen sentence encoder's: mean of 1 - cosine over images and texts, in [0, 4].
+
+    Not in the paper. With few concepts, contrast alone bends the text features until texts never seen lie anywhere.
+
+    Args:
+        image_embeds: (B, Q, E), unit length along E; the best query counts, as in contrast.
+        text_embeds: (B, E), unit length.
+        sentence_embeds: (B, E), unit length, of the same captions.
+    """
+    image_side = torch.einsum("bqe,be->bq", image_embeds, sentence_embeds).amax(dim=-1)  # (B,)
+    text_side = (text_embeds * sentence_embeds).sum(dim=-1)  # (B,)
+    return (1 - image_side).mean() + (1 - text_side).mean()
+
+
 def same_group(groups: Tensor, all_groups: Tensor) -> Tensor:
     """Which pairs share a group (an image, or an equal caption): (B,), (W,) -> (B, W) bool."""
     return groups[:, None] == all_groups[None, :]

@@ -9,15 +9,17 @@ def mean_over_tokens(token_losses: Tensor, target_mask: Tensor) -> Tensor:
     return token_losses.sum() / target_mask.sum()
 
 
-def prefix_lengths(lengths: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Where to split captions for prefix language modelling: uniform from 1 to the middle (the authors' rule).
+def split_caption(caption: str, draw: float) -> tuple[str, str]:
+    """Prefix and suffix for prefix language modelling: split after word 1 to the middle word (the authors' rule).
 
     Args:
-        lengths: (B,) words or tokens of each caption, at least 2 for a split; shorter ones get prefix 0.
+        caption: of any number of words; one of fewer than two is all suffix.
+        draw: uniform in [0, 1), chooses among the places.
 
     Returns:
-        (B,) prefix lengths in [1, lengths // 2], 0 where the caption cannot be split.
+        Prefix and suffix, which joined by a space give the caption's words.
     """
-    draws = torch.rand(lengths.shape, generator=generator, device=lengths.device)
-    half = lengths // 2
-    return torch.where(half >= 1, 1 + (draws * half).long().clamp(max=half - 1), torch.zeros_like(lengths))
+    words = caption.split()
+    places = len(words) // 2
+    split = 1 + int(draw * places) if places else 0
+    return " ".join(words[:split]), " ".join(words[split:])

@@ -15,6 +15,7 @@ from blip2.data.features import FeatureCache
 from blip2.data.order import mixture_draw
 from blip2.data.sample import Question, Sample
 from blip2.model.stage1 import Text
+from blip2.objectives.language_modeling import split_caption
 from blip2.preprocessing.prompts import question_prompt
 from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer, TextBatch
 from blip2.training.recipe import DataSection
@@ -140,10 +141,13 @@ class Stage2Batches:
         prompts: PromptTexts,
         *,
         instruction_tokenizer: QFormerTokenizer | None = None,
+        splits_captions: bool = False,
     ) -> None:
-        """`instruction_tokenizer` is given for a model whose Q-Former reads the instruction."""
+        """`instruction_tokenizer` is given for a model whose Q-Former reads the instruction; `splits_captions` turns
+        captions into prefix and suffix (prefix language modelling, stage 2 of an encoder-decoder LLM)."""
         self.reader, self.data, self.batch_size, self.prompts = reader, data, batch_size, prompts
         self.language_tokenizer, self.instruction_tokenizer = language_tokenizer, instruction_tokenizer
+        self.splits_captions = splits_captions
 
     def __call__(self, number: int) -> Stage2Batch:
         """The batch at positions number * batch_size and after."""
@@ -169,6 +173,8 @@ class Stage2Batches:
             question = item.question.question
             return question, question_prompt(question, self.prompts.question), item.question.answer
         caption = item.sample.captions[int(item.rng.integers(len(item.sample.captions)))]
+        if self.splits_captions:
+            return (self.prompts.caption_instruction, *split_caption(caption, item.rng.random()))
         return self.prompts.caption_instruction, self.prompts.caption, caption
 
 

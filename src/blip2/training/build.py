@@ -1,5 +1,6 @@
 """Recipe -> job: the only file that sees the model, the data, the frozen parts and the objectives at once."""
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -198,10 +199,11 @@ def _progress(what: str) -> Callable[[int, int], None]:
 def _stage1_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader) -> Job:
     model = Blip2Stage1(None, parts.config)
     load_text_weights(model, parts.text_init.state_dict)
+    training = recipe.training
+    sentence_model = _sentence_model(model) if training.sentence_weight else None
     start_from(model, recipe)
     if recipe.model.freeze_word_embeddings:
         model.embeddings.word_embeddings.requires_grad_(False)
-    training = recipe.training
     step = Stage1Step(
         model,
         bos_id=parts.qformer_tokenizer.dec_id,
@@ -209,6 +211,7 @@ def _stage1_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader) -> Job:
         label_smoothing=training.label_smoothing,
         weights=(training.itc_weight, training.itm_weight, training.itg_weight),
         matched_share=training.matched_share,
+        sentences=(sentence_model, training.sentence_weight) if sentence_model is not None else None,
     )
     batches = Stage1Batches(reader, parts.qformer_tokenizer, recipe.data, training.micro_batch_size)
     folder = data_folder(recipe.data.folder)
@@ -218,6 +221,23 @@ def _stage1_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader) -> Job:
         features = split_features(folder, split, samples, parts)
         evaluators.append((training.evaluate_every, _Retrieval(model, split, samples, features, parts)))
     return Job(module=step, batches=batches, evaluators=evaluators)
+
+
+def _sentence_model(model: Blip2Stage1) -> Blip2Stage1:
+    """Lets ITC start in the sentence space of the text model, and keeps a frozen copy of that start.
+
+    Raises:
+        BadRecipe: ITC's features have another width than the text model's.
+    """
+    if model.config.embed_dim != model.config.hidden_size:
+        raise BadRecipe(
+            f"training.sentence_weight needs model.embed_dim: {model.config.hidden_size}, the width of text_init; "
+            f"it is {model.config.embed_dim}."
+        )
+    with torch.no_grad():
+        nn.init.eye_(model.text_projection.weight)
+        nn.init.zeros_(model.text_projection.bias)
+    return copy.deepcopy(model).requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -254,6 +274,7 @@ def _stage2_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader) -> Job:
         recipe.training.micro_batch_size,
         PROMPTS,
         instruction_tokenizer=parts.qformer_tokenizer if is_aware else None,
+        splits_captions=recipe.stage == "stage2" and language_model.is_encoder_decoder,
     )
     folder = data_folder(recipe.data.folder)
     evaluators = []

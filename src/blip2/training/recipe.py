@@ -156,6 +156,9 @@ class TrainingSection:
     """Weight of the contrastive loss (stage 1)."""
     itm_weight: Rate = 1.0
     """Weight of the matching loss (stage 1)."""
+    sentence_weight: Rate = 0.0
+    """Weight of keeping the features of ITC near the sentence embeddings of text_init (stage 1, not in the paper): what
+    is learnt of the training concepts then carries over to texts never seen."""
     matched_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of a batch's pairs that ITM matches; their negatives come from the whole batch. Saves time (stage 1)."""
     itg_weight: Rate = 1.0

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from blip2.model.qformer import ImageKeyValues, KeyValue, select_images
 from blip2.model.stage1 import Blip2Stage1, Text
-from blip2.objectives.itc import Similarities, image_text_similarity, itc_loss, same_group, similarities
+from blip2.objectives.itc import (
+    Similarities,
+    image_text_similarity,
+    itc_loss,
+    same_group,
+    sentence_loss,
+    similarities,
+)
 from blip2.objectives.itg import caption_inputs, itg_loss
 from blip2.objectives.itm import IGNORED, MATCH, NO_MATCH, itm_loss
 from blip2.objectives.negatives import NegativeRule, draw_negatives
@@ -44,6 +51,7 @@ class Stage1Step(nn.Module):
         label_smoothing: of ITC and ITG.
         weights: of ITC, ITM and ITG in the sum.
         matched_share: share of the pairs that ITM matches, at least one.
+        sentences: a frozen model whose text features ITC's stay near, with its weight; None: they are free.
     """
 
     def __init__(
@@ -55,6 +63,7 @@ class Stage1Step(nn.Module):
         label_smoothing: float = 0.1,
         weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         matched_share: float = 1.0,
+        sentences: tuple[Blip2Stage1, float] | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -63,6 +72,7 @@ class Stage1Step(nn.Module):
         self.label_smoothing = label_smoothing
         self.weights = weights
         self.matched_share = matched_share
+        self.sentence_model, self.sentence_weight = sentences or (None, 0.0)
 
     def forward(self, batch: Stage1Batch) -> dict[str, Tensor]:
         """Losses `itc`, `itm`, `itg`, their weighted sum `loss`, and how often ITC and ITM were right, all scalars.
@@ -78,6 +88,11 @@ class Stage1Step(nn.Module):
         losses = {"itc": itc_loss(similarity, is_positive, label_smoothing=self.label_smoothing)}
         loss = itc_weight * losses["itc"]
         found = {"itc_accuracy": _share_found(image_embeds, text_embeds, is_positive)}
+        if self.sentence_model is not None:
+            with torch.no_grad():
+                sentence_embeds = self.sentence_model.embed_texts(batch.text)  # (B, E)
+            losses["sentence"] = sentence_loss(image_embeds, text_embeds, sentence_embeds)
+            loss = loss + self.sentence_weight * losses["sentence"]
         if itm_weight:
             losses["itm"], found["itm_accuracy"] = self._match(images.image, batch.text, similarity, is_positive)
             loss = loss + itm_weight * losses["itm"]

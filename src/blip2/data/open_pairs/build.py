@@ -1,6 +1,7 @@
 """Builds the open training set: packages -> pictures -> splits -> shards, aside and then renamed.
 
 train_pairs         stamps, clip art and three styles of emoji; no held-out concept
+train_styles        four more styles of emoji, of concepts that train_pairs has
 held_out_concepts   the same sources, the tenth of the concepts that training never sees
 held_out_style      Twemoji, all concepts that some training style has
 train_scenes, new_scenes, new_noun_pairs     composed of train_pairs' cut-outs
@@ -19,7 +20,7 @@ from PIL import Image
 from blip2 import registry
 from blip2.data.open_pairs.clipart import read_clipart
 from blip2.data.open_pairs.easy_vqa import read_easy_vqa
-from blip2.data.open_pairs.emoji import HELD_OUT_STYLE, TRAINING_STYLES, read_emoji
+from blip2.data.open_pairs.emoji import HELD_OUT_STYLE, MORE_STYLES, TRAINING_STYLES, read_emoji
 from blip2.data.open_pairs.picture import Picture, as_sample, is_held_out
 from blip2.data.open_pairs.scenes import SEVERAL_COLOURS, CutOut, measured_colour, scene_sample
 from blip2.data.open_pairs.stamps import read_stamps
@@ -81,8 +82,15 @@ def _write_all(folder: Path, seed: int, num_scenes: int, say: Say) -> None:
     twemoji = [p for p in _told(HELD_OUT_STYLE, read_emoji(HELD_OUT_STYLE), say) if p.concept in known]
     shown = [picture for picture in training if not is_held_out(picture.concept)]
     hidden = [picture for picture in training if is_held_out(picture.concept)]
+    shown_concepts = {picture.concept for picture in shown}
+    styles = [p for style in MORE_STYLES for p in _told(style, read_emoji(style), say) if p.concept in shown_concepts]
     splits: dict[str, list[Shard]] = {}
-    for split, pictures in (("train_pairs", shown), ("held_out_concepts", hidden), ("held_out_style", twemoji)):
+    for split, pictures in {
+        "train_pairs": shown,
+        "train_styles": styles,
+        "held_out_concepts": hidden,
+        "held_out_style": twemoji,
+    }.items():
         say(f"{split}: {len(pictures):,} pictures")
         splits[split] = write_split(folder, split, _numbered(pictures))
     cutouts = scene_cutouts(shown)

@@ -1,6 +1,6 @@
-"""Emoji in four styles with the labels and tags of emojibase: one concept, drawn four times.
+"""Emoji in eight styles with the labels and tags of emojibase: one concept, drawn up to eight times.
 
-Three styles train; Twemoji is never trained on, so that it tells whether a concept was learnt or its drawing.
+Seven styles train; Twemoji is never trained on, so that it tells whether a concept was learnt or its drawing.
 """
 
 import io
@@ -15,6 +15,7 @@ from blip2 import registry
 from blip2.data.open_pairs.picture import Picture, concept_of, cropped
 
 TRAINING_STYLES = ("fluent-3d", "noto", "fluent-flat")
+MORE_STYLES = ("openmoji", "emojione", "fxemoji", "noto-v1")  # of the training concepts alone; scenes do without them
 HELD_OUT_STYLE = "twemoji"
 NOTO_SIZE = 109  # the one size in which the font's pictures are stored
 
@@ -85,17 +86,19 @@ def _noto() -> Drawer:
 def _iconify(key: str) -> Callable[[], Drawer]:
     def drawer() -> Drawer:
         files = dict(registry.tgz_members(key))
-        icons = json.loads(files["package/icons.json"])
+        icons = {"aliases": {}} | json.loads(files["package/icons.json"])
         names = {_plain(code): name for code, name in json.loads(files["package/chars.json"]).items()}
-        size = icons.get("width", 32)
+        if not names:  # a set that does not say which characters its icons are; their names are the labels
+            names = {_letters(name): name for name in [*icons["aliases"], *icons["icons"]]}
 
         def draw(emoji: Emoji) -> Image.Image | None:
-            name = names.get(_plain(emoji.hexcode))
+            name = names.get(_plain(emoji.hexcode)) or names.get(_letters(emoji.label))
             name = icons["aliases"].get(name, {}).get("parent", name) if name else None
             if name not in icons["icons"]:
                 return None
-            body = icons["icons"][name]["body"]
-            svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size} {size}">{body}</svg>'
+            icon = icons["icons"][name]
+            box = f"0 0 {icon.get('width', icons['width'])} {icon.get('height', icons['height'])}"
+            svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{icon["body"]}</svg>'
             return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=256))))
 
         return draw
@@ -108,10 +111,18 @@ def _plain(hexcode: str) -> str:
     return "-".join(part.lstrip("0") for part in hexcode.lower().split("-") if part != "fe0f")
 
 
+def _letters(name: str) -> str:
+    """Letters and digits alone: "1st place medal" and "1st-place-medal" are one name."""
+    return "".join(c for c in name.lower() if c.isalnum())
+
+
 STYLES: dict[str, Callable[[], Drawer]] = {
     "fluent-3d": _fluent_3d,
     "noto": _noto,
     "fluent-flat": _iconify("fluent-flat"),
     "twemoji": _iconify("twemoji"),
+    **{style: _iconify(style) for style in MORE_STYLES},
 }
-LICENCES = {"fluent-3d": "MIT", "noto": "OFL-1.1", "fluent-flat": "MIT", "twemoji": "CC-BY-4.0"}
+LICENCES = {"fluent-3d": "MIT", "noto": "OFL-1.1", "fluent-flat": "MIT", "twemoji": "CC-BY-4.0"} | {
+    style: registry.PACKAGES[style].licence for style in MORE_STYLES
+}
