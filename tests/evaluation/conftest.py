@@ -33,6 +33,7 @@ def open_pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("open-pairs")
     splits = {
         "train_pairs": _pairs("noto", CONCEPTS[:4]) + _pairs("flat", CONCEPTS[:4]),
+        "train_styles": _pairs("openmoji", CONCEPTS[:4]),
         "held_out_concepts": _pairs("noto", CONCEPTS[4:]) + _pairs("flat", CONCEPTS[4:]),
         "held_out_style": _pairs("twemoji", CONCEPTS),
         "train_scenes": _scenes("train_scenes", 6),

@@ -1,6 +1,5 @@
 """Language-modelling losses of stage 2: over the text after the visual prompt, or after a random prefix of it."""
 
-import torch
 from torch import Tensor
 
 

@@ -34,7 +34,8 @@ from blip2.evaluation.speaking import Asked, answer_all, answer_blind, caption_a
 from blip2.evaluation.vqa import Answered, AnswerPrior, accuracy, accuracy_by_kind
 from blip2.inference.blip2 import Blip2
 
-STYLE, CONCEPTS, PAIRS = "held_out_style", "held_out_concepts", "train_pairs"
+STYLE, CONCEPTS = "held_out_style", "held_out_concepts"
+TRAINING = ("train_pairs", "train_styles")  # the pictures that training sees but for scenes
 SPOKEN = 1000  # captions, and questions of a split, where no limit is given: enough for one percent of standard error
 CANDIDATES = 10  # re-ranked for each query
 TASKS = {  # task -> the part of the model that it needs
@@ -258,8 +259,9 @@ class _Benchmark:
     # -- baselines ------------------------------------------------------------------------------------------------
     def baselines(self) -> None:
         """Nearest neighbour on the held-out style; ridge regression on both sets."""
-        pairs, concepts = open_split(self.folder, PAIRS), open_split(self.folder, CONCEPTS)
-        told, inputs = list(pairs.described()), self._pooled(PAIRS, pairs)
+        concepts, pairs = open_split(self.folder, CONCEPTS), [open_split(self.folder, split) for split in TRAINING]
+        told = [sample for split in pairs for sample in split.described()]
+        inputs = np.concatenate([self._pooled(name, split) for name, split in zip(TRAINING, pairs, strict=True)])
         # Twemoji's concepts are not the model's: it shows those that training kept out too, so the gallery does
         gallery_told = told + list(concepts.described())
         gallery = np.concatenate([inputs, self._pooled(CONCEPTS, concepts)])

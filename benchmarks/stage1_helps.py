@@ -1,0 +1,46 @@
+"""Stage 2 with and without stage 1, same budget (the paper's figure 5): trains both, draws both, prints both.
+
+    python benchmarks/stage1_helps.py --steps 250 --out docs/images/stage1-helps.png
+
+Needs the open training set (`blip2 data build`) and a finished stage 1 (`blip2 train mini/stage1`). Both runs go
+on where they stood if they are broken off.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from blip2 import paths
+from blip2.training.plots import compare_runs
+
+STARTS = {"with stage 1": "mini-stage1", "without stage 1": None}
+METRICS = {"loss": "loss on captions of the held-out style", "exact": "captions equal to the label"}
+
+
+def main() -> None:
+    """Trains, then compares."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--steps", type=int, default=250, help="optimiser steps of each run, 64 pictures a step")
+    parser.add_argument("--out", type=Path, default=Path("docs/images/stage1-helps.png"))
+    args = parser.parse_args()
+    runs = {label: _run(label, start, args.steps) for label, start in STARTS.items()}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    compare_runs(runs, "held_out_style/loss", args.out, title=f"Stage 2: {METRICS['loss']}")
+    last = {label: [line for line in lines if line["kind"] == "evaluate"] for label, lines in runs.items()}
+    for name, meaning in METRICS.items():
+        for label, lines in last.items():
+            values = ", ".join(f"{line['step']}: {line[f'held_out_style/{name}']:.3f}" for line in lines)
+            print(f"{meaning}, {label}: {values}")
+
+
+def _run(label: str, start: str | None, steps: int) -> list[dict]:
+    folder = paths.runs_dir() / f"stage2-{label.replace(' ', '-')}"
+    command = [Path(sys.executable).with_name("blip2"), "train", "mini/stage2", "--out", folder, "--steps", str(steps)]
+    subprocess.run([*command, "--set", f"model.init_from={json.dumps(start)}"], check=True)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+if __name__ == "__main__":
+    main()
