@@ -146,7 +146,7 @@ def test_pooled_features_are_kept_and_read_again(model, tiny, open_pairs, tmp_pa
     assert not any("train_pairs" in line for line in said)
     assert first.metrics == again.metrics
     kept = sorted(path.suffix for path in (tmp_path / "features").iterdir())
-    assert kept == [".npy", ".npy"]
+    assert kept == [".npy"] * 3  # train_pairs, train_styles, held_out_style (concepts are read from it)
 
 
 def test_pooled_features_are_mean_and_maximum(model, samples, features):
