@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from blip2.checkpoints import frozen
-from blip2.errors import BadRecipe, MissingFile
+from blip2.errors import BadRecipe, MissingFile, UserError
+from blip2.training import compiled
 from blip2.training.export import export
 from blip2.training.state import MODEL, OPTIMIZER, newest_checkpoint
 
@@ -120,3 +121,30 @@ def test_an_exported_model_says_what_the_trained_one_would(root, tmp_path):
     assert len(model.match(image, ["a red cup left", "a blue cup right"])) == 2
     with pytest.raises(BadRecipe, match="stage1"):
         export(tmp_path / "other", "tiny", generation=tmp_path / "s1")
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_losses_of_plain_ones(root, tmp_path):
+    plain = tiny_recipe(root, "instruct")
+    fused = dataclasses.replace(plain, training=dataclasses.replace(plain.training, compile=True))
+    losses = []
+    for recipe, folder in ((plain, tmp_path / "plain"), (fused, tmp_path / "fused")):
+        job = build_in(root, recipe, folder)
+        job.module.eval()
+        loss = job.module(job.batches(0))["loss"]
+        loss.backward()
+        gradient = next(p.grad for p in job.module.parameters() if p.grad is not None)
+        losses.append((loss.detach(), gradient))
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=1e-4)
+
+
+def test_compiling_without_a_compiler_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: None)
+    with pytest.raises(UserError, match=r"g\+\+ or clang\+\+\); install one"):
+        compiled.compile_layers(torch.nn.Linear(2, 2))
+
+
+def test_compiling_what_has_no_layers_is_refused(monkeypatch):
+    monkeypatch.setattr(compiled.shutil, "which", lambda name: "/usr/bin/g++")
+    with pytest.raises(UserError, match="finds no layers in Linear"):
+        compiled.compile_layers(torch.nn.Linear(2, 2))

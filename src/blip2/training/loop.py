@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from blip2.errors import BadRecipe, Blip2Error
 from blip2.training import state as checkpoints
+from blip2.training.compiled import without_compiling
 from blip2.training.optimizer import build_optimizer, learning_rate
 from blip2.training.prefetch import prefetched
 from blip2.training.progress import CurvePainter, MetricsLog, Reporter, duration
@@ -264,7 +265,7 @@ class Run:
         begin = time.perf_counter()
         metrics: Metrics = {}
         self.job.module.eval()
-        with suppress(BrokenOff), stop.breaking_off(), torch.no_grad():
+        with suppress(BrokenOff), stop.breaking_off(), without_compiling(), torch.no_grad():
             for evaluate in due:
                 metrics |= evaluate()
             metrics["seconds"] = time.perf_counter() - begin

@@ -171,6 +171,9 @@ class TrainingSection:
     """Newest checkpoints that are kept."""
     evaluate_every: Count = 500
     """Steps between two evaluations; 0 for one at the end."""
+    compile: bool = False
+    """Fuse the LLM's layers (stage 2, instruction tuning): 1.4 times as fast on a CPU, after 20 seconds; needs a C++
+    compiler. A resumed run then equals an uninterrupted one but for rounding."""
     threads: Positive | None = None
     """CPU threads; null leaves the choice to PyTorch. Resuming is bit-exact at one number of threads."""
 
