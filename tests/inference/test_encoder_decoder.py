@@ -40,4 +40,5 @@ def test_scores_are_the_log_probabilities_of_the_whole_answers(t5, images):
         with torch.no_grad():
             logits = network(inputs_embeds=embeds, labels=target).logits
         expected = logits[0].log_softmax(dim=-1).gather(1, target[0][:, None]).sum()
-        assert row.log_probability == pytest.approx(float(expected), abs=2e-4)
+        # sums of float32 logits near -1,200: 1e-3 apart on a CPU whose kernels add in another order
+            assert row.log_probability == pytest.approx(float(expected), rel=2e-6)

@@ -359,8 +359,9 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return precision
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    # PyTorch tells of the tile units only by this name; without them bfloat16 is slower than float32
-    return "bfloat16" if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else "float32"
+    # PyTorch tells of these units only by private names; without them bfloat16 is slower than float32
+    has_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if device.type == "cpu" and has_units else "float32"
 
 
 def _no_room(run_dir: Path, fault: OSError) -> str:

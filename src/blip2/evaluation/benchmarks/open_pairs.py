@@ -23,6 +23,7 @@ from torch import Tensor
 
 from blip2 import paths
 from blip2.checkpoints import frozen
+from blip2.data.open_pairs.picture import noun_of
 from blip2.data.sample import Question, Sample
 from blip2.data.shards import Split, open_split, pictures_sha256
 from blip2.errors import UserError
@@ -35,6 +36,7 @@ from blip2.evaluation.vqa import Answered, AnswerPrior, accuracy, accuracy_by_ki
 from blip2.inference.blip2 import Blip2
 
 STYLE, CONCEPTS = "held_out_style", "held_out_concepts"
+NOUNS = "held_out_nouns"  # the pictures of CONCEPTS whose noun no training concept has: "cat", not a new "black cat"
 TRAINING = ("train_pairs", "train_styles")  # the pictures that training sees but for scenes
 SPOKEN = 1000  # captions, and questions of a split, where no limit is given: enough for one percent of standard error
 CANDIDATES = 10  # re-ranked for each query
@@ -167,6 +169,19 @@ class _Benchmark:
             best = self._recalls(pictures, reranked.image_to_text, reranked.text_to_image)
             metrics |= {name.replace("_r1", "_reranked_r1"): best[name] for name in best if name.endswith("_r1")}
             self._add("retrieval", split, metrics)
+            if split == CONCEPTS:
+                self._add_new_nouns("retrieval", similarity)
+
+    def _add_new_nouns(self, task: str, similarity: Tensor) -> None:
+        """Recalls of those pictures of the held-out concepts that show a new noun, among all held-out texts."""
+        pictures = self.pictures(CONCEPTS)
+        known = {noun_of(sample.concept) for split in TRAINING for sample in open_split(self.folder, split).described()}
+        rows = [row for row, sample in enumerate(pictures.samples) if noun_of(sample.concept) not in known]
+        if rows:
+            found = retrieval.recalls(similarity[rows], pictures.correct[rows])
+            metrics = {f"image_to_text_{name}": value for name, value in found.items()}
+            metrics["chance"] = retrieval.chance_recall(pictures.correct[rows])
+            self.results.add(f"{task}/{NOUNS}", metrics, used=len(rows), total=len(rows))
 
     def _recalls(self, pictures: _Pictures, image_to_text: Tensor, text_to_image: Tensor | None) -> dict[str, float]:
         """Recalls both ways and chance; text to image only where all pictures are searched."""
@@ -295,6 +310,8 @@ class _Benchmark:
     def _add_baseline(self, name: str, split: str, scores: np.ndarray) -> None:
         matrix = torch.from_numpy(scores)
         self._add(f"baselines/{name}", split, self._recalls(self.pictures(split), matrix, matrix.T))
+        if split == CONCEPTS:
+            self._add_new_nouns(f"baselines/{name}", matrix)
 
     def _pooled(self, split: str, samples: Split) -> np.ndarray:
         """Pooled features of a whole split, kept on disk: they depend on the frozen encoder and the pictures alone."""

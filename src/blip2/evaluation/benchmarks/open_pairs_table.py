@@ -8,6 +8,7 @@ _NEAREST, _WHITENED = (
     "baselines/nearest_neighbour_whitened/held_out_style",
 )
 _RIDGE_STYLE, _RIDGE = "baselines/ridge/held_out_style", "baselines/ridge/held_out_concepts"
+_NOUNS, _RIDGE_NOUNS = "retrieval/held_out_nouns", "baselines/ridge/held_out_nouns"
 
 
 def _retrieval(
@@ -45,6 +46,8 @@ ROWS = (
         {"not re-ranked": f"{_CONCEPTS}/image_to_text_r1", "chance": f"{_CONCEPTS}/chance"},
     ),
     _retrieval("new concepts", _CONCEPTS, "text_to_image_r1", _CONCEPT_PEERS),
+    _retrieval("new nouns", _NOUNS, "image_to_text_r1", {"ridge": _RIDGE_NOUNS}),
+    _retrieval("new nouns", _NOUNS, "image_to_text_r10", {"ridge": _RIDGE_NOUNS}),
     Row(
         "new scenes, questions",
         "vqa/new_scenes/accuracy",
