@@ -41,4 +41,4 @@ def test_scores_are_the_log_probabilities_of_the_whole_answers(t5, images):
             logits = network(inputs_embeds=embeds, labels=target).logits
         expected = logits[0].log_softmax(dim=-1).gather(1, target[0][:, None]).sum()
         # sums of float32 logits near -1,200: 1e-3 apart on a CPU whose kernels add in another order
-            assert row.log_probability == pytest.approx(float(expected), rel=2e-6)
+        assert row.log_probability == pytest.approx(float(expected), rel=2e-6)
