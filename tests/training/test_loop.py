@@ -341,3 +341,12 @@ def test_durations_read_as_people_say_them(seconds, said):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_precision_that_is_asked_for_is_taken(precision):
     assert resolve_precision(precision, torch.device("cpu")) == precision
+
+
+@pytest.mark.parametrize(
+    ("amx", "avx512", "chosen"), [(True, False, "bfloat16"), (False, True, "bfloat16"), (False, False, "float32")]
+)
+def test_auto_is_bfloat16_where_the_processor_has_units_for_it(monkeypatch, amx, avx512, chosen):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    assert resolve_precision("auto", torch.device("cpu")) == chosen

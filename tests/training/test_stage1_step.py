@@ -1,6 +1,7 @@
 """A stage-1 step shares passes and projections; these tests state what it must equal."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from torch.nn import functional as F
 
 from blip2.model.config import QFormerConfig
 from blip2.model.masks import apart_mask, text_after_queries_mask, together_mask
-from blip2.model.stage1 import Blip2Stage1, Text
+from blip2.model.stage1 import Blip2Stage1, Text, freeze_text
 from blip2.objectives.itc import image_text_similarity, sentence_loss
 from blip2.objectives.negatives import draw_negatives
 from blip2.training.stage1 import Stage1Batch, Stage1Step
@@ -191,3 +192,24 @@ def test_16_pairs_are_memorised_by_all_three_objectives() -> None:
     assert losses["itc_accuracy"] == 1
     assert losses["itm_accuracy"] > 0.95
     assert losses["itg"] < 0.5
+
+
+def test_a_frozen_text_side_keeps_every_text_where_it_was_while_the_queries_learn(
+    model: Blip2Stage1, batch: Stage1Batch
+) -> None:
+    freeze_text(model)
+    step = Stage1Step(model, bos_id=DEC)
+    texts, images = model.embed_texts(batch.text), model.embed_images(batch.image_features)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    step(batch)["loss"].backward()
+    optimizer.step()
+    assert torch.equal(model.embed_texts(batch.text), texts)
+    assert not torch.allclose(model.embed_images(batch.image_features), images)
+
+
+def test_the_sentence_encoder_never_drops_out(batch: Stage1Batch) -> None:
+    model = Blip2Stage1(None, dataclasses.replace(CONFIG, hidden_dropout_prob=0.5, embed_dim=32))
+    step = Stage1Step(model, bos_id=DEC, sentences=(copy.deepcopy(model), 1.0)).train()
+    assert step.sentence_model is not None and model.training
+    first, second = (step.sentence_model.embed_texts(batch.text) for _ in range(2))
+    assert torch.equal(first, second)

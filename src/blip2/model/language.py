@@ -117,19 +117,14 @@ class DecoderLM(_FrozenLM):
         Returns:
             (B, T) float32.
         """
-        ids = torch.cat([prompt_ids, target_ids], dim=1)
         visual = visual_prompt.to(self.model.dtype)
-        embeds = torch.cat([visual, self.embed(ids)], dim=1)  # (B, Q+P+T, Dl)
-        extra: dict[str, Tensor] = {}
-        if not bool(prompt_mask.all()):
-            mask = torch.cat([visual.new_ones(visual.shape[:2], dtype=torch.long), prompt_mask, target_mask], dim=1)
-            extra = {"attention_mask": mask, "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)}
-        hidden = self.model.get_decoder()(inputs_embeds=embeds, use_cache=False, **extra).last_hidden_state
-        before_target = hidden[:, -target_ids.shape[1] - 1 : -1]  # (B, T, Dl): each position predicts the next
-        real = target_mask.bool()
-        losses = before_target.new_zeros(target_ids.shape, dtype=torch.float32)
-        chosen = F.cross_entropy(self._vocabulary_logits(before_target[real]), target_ids[real], reduction="none")
-        return losses.masked_scatter(real, chosen)
+        text = _pack_left(prompt_ids, prompt_mask, target_ids, target_mask)
+        embeds = torch.cat([visual, self.embed(text.input_ids)], dim=1)  # (B, Q+L, Dl), padded on the right alone
+        hidden = self.model.get_decoder()(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        before = hidden[:, visual.shape[1] - 1 : -1]  # (B, L, Dl): each position predicts the next
+        logits = self._vocabulary_logits(before[text.is_target])  # (M, V)
+        chosen = F.cross_entropy(logits, text.input_ids[text.is_target], reduction="none")
+        return chosen.new_zeros(target_ids.shape).masked_scatter(target_mask.bool(), chosen)
 
     def generate(
         self,
@@ -182,6 +177,24 @@ class EncoderDecoderLM(_FrozenLM):
 
 
 LanguageModel = DecoderLM | EncoderDecoderLM
+
+
+@dataclass(frozen=True)
+class _PackedText:
+    """Prompts with their targets, adjacent: both (B, L)."""
+
+    input_ids: Tensor
+    is_target: Tensor
+
+
+def _pack_left(prompt_ids: Tensor, prompt_mask: Tensor, target_ids: Tensor, target_mask: Tensor) -> _PackedText:
+    """Each row's real tokens first, in their order: causal attention then never meets padding, so it needs no mask, and
+    the batch is as long as its longest row, not as the longest prompt and the longest target together."""
+    ids, real = torch.cat([prompt_ids, target_ids], dim=1), torch.cat([prompt_mask, target_mask], dim=1).bool()
+    is_target = torch.cat([torch.zeros_like(prompt_mask), target_mask], dim=1).bool()
+    length = int(real.sum(dim=1).max())
+    order = (~real).long().argsort(dim=1, stable=True)[:, :length]  # (B, L)
+    return _PackedText(ids.gather(1, order), is_target.gather(1, order))
 
 
 def _pad_left_of_all(visual: Tensor, prompt: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:

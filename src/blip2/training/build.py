@@ -21,7 +21,7 @@ from blip2.errors import BadRecipe, MissingFile
 from blip2.inference.loading import wrap_language_model
 from blip2.model.config import QFormerConfig
 from blip2.model.language import LanguageModel
-from blip2.model.stage1 import Blip2Stage1, load_text_weights
+from blip2.model.stage1 import Blip2Stage1, freeze_text, load_text_weights
 from blip2.model.stage2 import Blip2Stage2
 from blip2.model.vision import ImageEncoder
 from blip2.preprocessing.images import ImageTransform, load_image
@@ -205,6 +205,8 @@ def _stage1_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader) -> Job:
     start_from(model, recipe)
     if recipe.model.freeze_word_embeddings:
         model.embeddings.word_embeddings.requires_grad_(False)
+    if recipe.model.freeze_text:
+        freeze_text(model)
     step = Stage1Step(
         model,
         bos_id=parts.qformer_tokenizer.dec_id,

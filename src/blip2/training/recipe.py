@@ -56,6 +56,9 @@ class ModelSection:
     """How a text becomes one vector: its first token (the paper) or the mean of its tokens."""
     freeze_word_embeddings: bool = False
     """Keep the word embeddings of text_init as they are."""
+    freeze_text: bool = False
+    """Keep the whole text side of text_init as it is, the self-attention that the queries share included: texts never
+    seen then stay where text_init puts them (stage 1)."""
     dropout: Share = 0.1
     """Dropout after the Q-Former's dense layers and embeddings."""
     attention_dropout: Share = 0.1

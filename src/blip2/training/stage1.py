@@ -5,6 +5,7 @@ positives and both kinds of negatives of ITM index them.
 """
 
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,13 @@ class Stage1Step(nn.Module):
         self.weights = weights
         self.matched_share = matched_share
         self.sentence_model, self.sentence_weight = sentences or (None, 0.0)
+
+    def train(self, mode: bool = True) -> Self:
+        """Wakes dropout, but not in the sentence encoder, which is a yardstick."""
+        super().train(mode)
+        if self.sentence_model is not None:
+            self.sentence_model.eval()
+        return self
 
     def forward(self, batch: Stage1Batch) -> dict[str, Tensor]:
         """Losses `itc`, `itm`, `itg`, their weighted sum `loss`, and how often ITC and ITM were right, all scalars.
