@@ -8,7 +8,7 @@ from blip2.model.language import DecoderLM
 
 VOCABULARY, WIDTH = 60, 16
 PROMPTS, TARGETS = ([5, 6, 7, 8], [9], [3, 4]), ([11, 2], [12, 13, 14, 2], [15, 16, 2])
-TOLERANCE = 1e-5  # float32; worst seen 4e-7
+TOLERANCE = 1e-5  # float32; worst of 20 seeds and the three families 5e-7
 
 
 def _llama() -> LlamaForCausalLM:

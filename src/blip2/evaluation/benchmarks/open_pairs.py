@@ -175,8 +175,7 @@ class _Benchmark:
     def _add_new_nouns(self, task: str, similarity: Tensor) -> None:
         """Recalls of those pictures of the held-out concepts that show a new noun, among all held-out texts."""
         pictures = self.pictures(CONCEPTS)
-        known = {noun_of(sample.concept) for split in TRAINING for sample in open_split(self.folder, split).described()}
-        rows = [row for row, sample in enumerate(pictures.samples) if noun_of(sample.concept) not in known]
+        rows = [row for row, sample in enumerate(pictures.samples) if noun_of(sample.concept) not in self._known_nouns]
         if rows:
             found = retrieval.recalls(similarity[rows], pictures.correct[rows])
             metrics = {f"image_to_text_{name}": value for name, value in found.items()}
@@ -190,6 +189,12 @@ class _Benchmark:
         if pictures.are_all and text_to_image is not None:
             found |= {f"text_to_image_{name}": v for name, v in retrieval.recalls(text_to_image, correct.T).items()}
         return found | {"chance": retrieval.chance_recall(correct)}
+
+    @cached_property
+    def _known_nouns(self) -> set[str]:
+        """The nouns of training's concepts."""
+        splits = (open_split(self.folder, split) for split in TRAINING)
+        return {noun_of(sample.concept) for split in splits for sample in split.described()}
 
     def pictures(self, split: str) -> _Pictures:
         """A split's pictures and texts; encoded on first use."""
