@@ -46,7 +46,7 @@ def test_every_promised_figure_is_there_and_a_fraction(results):
         *(
             f"retrieval/{split}/{name}"
             for split in ("held_out_style", "held_out_concepts")
-            for name in (*recalls, "image_to_text_reranked_r1", "text_to_image_reranked_r1", "chance")
+            for name in (*recalls, "image_to_text_reranked_r1", "text_to_image_reranked_as_original_r1", "chance")
         ),
         *(f"vqa/{split}/{name}" for split in ("new_scenes", "new_noun_pairs") for name in ("accuracy", "majority")),
         *(f"vqa/{split}/{name}" for split in ("blind", "shuffled") for name in ("accuracy", "colour", "count")),
@@ -85,7 +85,7 @@ def test_match_logits_are_those_of_one_pair_at_a_time(model, features):
         plain = retriever.model.match(
             features[image : image + 1].float(), Text(tokens.input_ids, tokens.attention_mask)
         )
-        assert float(logit) == pytest.approx(float(plain[0, 1]), abs=1e-4)  # padding; at most 2e-7 seen
+        assert logit.tolist() == pytest.approx(plain[0].tolist(), abs=1e-4)  # padding; at most 2e-7 seen
 
 
 def test_captions_are_those_of_blip2_caption(model, samples, features):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from blip2.evaluation.retrieval import (
+    best_candidates,
     best_ranks,
     chance_recall,
     correct_pairs,
@@ -74,36 +75,46 @@ def test_chance_agrees_with_drawing_orders():
     assert sum(drawn) / len(drawn) == pytest.approx(chance_recall(correct, 5), abs=0.02)  # 4 standard errors
 
 
-def test_reranking_adds_the_match_logit_to_the_cosine_of_the_candidates():
-    asked = []
-
-    def match_pairs(pairs):
-        asked.extend(map(tuple, pairs.tolist()))
-        return torch.tensor([5.0 if image == text else -1.0 for image, text in pairs.tolist()])
-
-    reranked = rerank(SIMILARITY, 2, match_pairs)
+def test_reranking_adds_the_match_score_to_the_similarity_of_the_candidates():
+    candidates = best_candidates(SIMILARITY, 2)
+    pairs = candidates.pairs.tolist()
     # best two texts of each image: (0: 0, 1), (1: 0, 1), (2: 1, 0); of each text: (0: 0, 2), (1: 2, 0), (2: 1, 0)
-    assert asked == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0), (2, 1)]
+    assert pairs == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2], [2, 0], [2, 1]]
+    scores = torch.tensor([5.0 if image == text else -1.0 for image, text in pairs])
+    reranked = rerank(SIMILARITY, candidates, scores)
     assert reranked.image_to_text[1, :2].tolist() == pytest.approx([0.4 - 1, 0.3 + 5])
     assert best_ranks(reranked.image_to_text, OWN).tolist() == [1, 1, 3]  # image 2's text is no candidate
     assert best_ranks(reranked.text_to_image, OWN).tolist() == [1, 3, 3]
 
 
 def test_what_is_no_candidate_keeps_the_order_of_its_cosine_below_all_candidates():
-    scores = rerank(SIMILARITY, 1, lambda pairs: torch.full((len(pairs),), -50.0)).image_to_text
+    candidates = best_candidates(SIMILARITY, 1)
+    scores = rerank(SIMILARITY, candidates, torch.full((len(candidates.pairs),), -50.0)).image_to_text
     assert scores.argsort(dim=1, descending=True).tolist() == [[0, 1, 2], [0, 1, 2], [1, 0, 2]]
 
 
 def test_reranking_all_candidates_is_scoring_all_pairs():
     torch.manual_seed(0)
-    similarity, logits = torch.rand(6, 9), torch.randn(6, 9)
-    reranked = rerank(similarity, 9, lambda pairs: logits[pairs[:, 0], pairs[:, 1]])
-    assert torch.equal(reranked.image_to_text, similarity + logits)
-    assert torch.equal(reranked.text_to_image, (similarity + logits).T)
+    similarity, scores = torch.rand(6, 9), torch.randn(6, 9)
+    candidates = best_candidates(similarity, 9)
+    reranked = rerank(similarity, candidates, scores[tuple(candidates.pairs.T)])
+    assert torch.equal(reranked.image_to_text, similarity + scores)
+    assert torch.equal(reranked.text_to_image, (similarity + scores).T)
 
 
 def test_searching_one_way_matches_only_its_candidates():
-    asked = []
-    reranked = rerank(SIMILARITY, 1, lambda pairs: asked.append(pairs.tolist()) or torch.zeros(3), both_ways=False)
-    assert asked == [[[0, 0], [1, 0], [2, 1]]]
-    assert reranked.text_to_image is None
+    candidates = best_candidates(SIMILARITY, 1, both_ways=False)
+    assert candidates.pairs.tolist() == [[0, 0], [1, 0], [2, 1]]
+    assert rerank(SIMILARITY, candidates, torch.zeros(3)).text_to_image is None
+
+
+def test_odds_learnt_against_the_negatives_of_contrast_recover_the_true_order():
+    """An ideal ITM, whose negatives come from ITC's softmax, added to a wrong ITC gives the true probabilities."""
+    torch.manual_seed(0)
+    truth = torch.randn(5, 7).log_softmax(dim=1)
+    similarity, temperature = torch.rand(5, 7), 0.1
+    drawn = (similarity / temperature).log_softmax(dim=1)  # how often a text is drawn as a negative
+    candidates = best_candidates(similarity, 7, both_ways=False)
+    ideal_odds = (truth - drawn)[tuple(candidates.pairs.T)]
+    scores = rerank(similarity / temperature, candidates, ideal_odds).image_to_text
+    assert torch.allclose(scores.log_softmax(dim=1), truth, atol=1e-5)

@@ -30,7 +30,7 @@ def similarity_matrix(retriever: Retriever, image_features: Tensor, texts: Seque
 
 @torch.inference_mode()
 def match_pairs(retriever: Retriever, image_features: Tensor, texts: Sequence[str], pairs: Tensor, say: Say) -> Tensor:
-    """ITM positive logits (P,) of pairs (P, 2) of image and text numbers, ordered by image.
+    """ITM logits (P, 2), no match and match, of pairs (P, 2) of image and text numbers, ordered by image.
 
     An image's keys and values are made once for its pairs that stand in one batch.
     """
@@ -46,7 +46,7 @@ def match_pairs(retriever: Retriever, image_features: Tensor, texts: Sequence[st
         text = Text(tokens.input_ids, tokens.attention_mask)[some[:, 1].to(device)]
         length = int(text.attention_mask.sum(dim=1).max())
         text = Text(text.input_ids[:, :length], text.attention_mask[:, :length])
-        logits.append(model.match_logits(select_images(keys, row_of.to(device)), text)[:, 1].float().cpu())
+        logits.append(model.match_logits(select_images(keys, row_of.to(device)), text).float().cpu())
         progress.add(len(some))
     return torch.cat(logits)
 

@@ -8,7 +8,7 @@ Ties count against the ranking, so scores that are all equal find nothing.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +65,25 @@ def chance_recall(correct: Tensor, k: int = 1) -> float:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """Which pairs are matched: (I, T) bool each.
+
+    Attributes:
+        by_image: the text is among the image's best.
+        by_text: the image is among the text's best; None where only images search.
+    """
+
+    by_image: Tensor
+    by_text: Tensor | None
+
+    @property
+    def pairs(self) -> Tensor:
+        """Numbers (P, 2) of images and texts, ordered by image; a candidate in both directions stands here once."""
+        chosen = self.by_image if self.by_text is None else self.by_image | self.by_text
+        return chosen.nonzero()
+
+
+@dataclass(frozen=True)
 class Reranked:
     """Scores after re-ranking, one matrix a direction, since each direction has its own candidates.
 
@@ -77,28 +96,42 @@ class Reranked:
     text_to_image: Tensor | None
 
 
-def rerank(similarity: Tensor, k: int, match_pairs: Callable[[Tensor], Tensor], *, both_ways: bool = True) -> Reranked:
-    """ITM re-ranking of each query's k best candidates, score = ITM positive logit + ITC cosine (as the original).
-
-    A pair that is a candidate in both directions is matched once.
+def best_candidates(similarity: Tensor, k: int, *, both_ways: bool = True) -> Candidates:
+    """Each query's k most similar candidates.
 
     Args:
         similarity: (I, T) ITC cosines.
         k: candidates of a query (paper: 128 of 5,000).
-        match_pairs: (P, 2) numbers of images and texts, ordered by image -> (P,) ITM positive logits.
         both_ways: let texts search images too.
+    """
+    return Candidates(_is_among_best(similarity, k), _is_among_best(similarity.T, k).T if both_ways else None)
+
+
+def rerank(similarity: Tensor, candidates: Candidates, match_scores: Tensor) -> Reranked:
+    """Orders each query's candidates by similarity + match score. Two pairs of scales make sense:
+
+        the original code's    ITC cosine                  + ITM positive logit
+        that of the odds       ITC cosine / temperature    + ITM positive logit - ITM negative logit
+
+    ITM's negatives are drawn from the softmax of ITC's similarities / temperature. So what it learns is by how much a
+    pair is likelier than that softmax says, and the sum of the logarithms is the log-probability of the pair. (With
+    cosines alone a matching head that is hardly trained undoes what contrast has found.)
+
+    Args:
+        similarity: (I, T), on the scale of the match scores.
+        candidates: from `best_candidates`.
+        match_scores: (P,), of `candidates.pairs`.
 
     Returns:
-        Scores in which every candidate stands above what is none; those keep the order of their cosines.
+        Scores in which every candidate stands above what is none; those keep the order of their similarities.
     """
-    by_image = _is_among_best(similarity, k)
-    by_text = _is_among_best(similarity.T, k).T if both_ways else torch.zeros_like(by_image)
-    pairs = (by_image | by_text).nonzero()  # (P, 2)
-    logits = torch.zeros_like(similarity)
-    logits[pairs[:, 0], pairs[:, 1]] = match_pairs(pairs).to(logits)
-    matched, others = similarity + logits, similarity - NOT_A_CANDIDATE
-    text_to_image = torch.where(by_text, matched, others).T if both_ways else None
-    return Reranked(torch.where(by_image, matched, others), text_to_image)
+    pairs = candidates.pairs
+    added = torch.zeros_like(similarity)
+    added[pairs[:, 0], pairs[:, 1]] = match_scores.to(added)
+    matched, others = similarity + added, similarity - NOT_A_CANDIDATE
+    by_text = candidates.by_text
+    text_to_image = torch.where(by_text, matched, others).T if by_text is not None else None
+    return Reranked(torch.where(candidates.by_image, matched, others), text_to_image)
 
 
 def _is_among_best(scores: Tensor, k: int) -> Tensor:

@@ -188,14 +188,6 @@ def load_text_weights(model: nn.Module, bert: dict[str, Tensor]) -> list[str]:
     return done
 
 
-def freeze_text(model: Blip2Stage1) -> None:
-    """Freezes all that a text passes through to its ITC feature: what BERT gave, but for the queries' own FFNs, and the
-    projection after it. Queries, cross-attention, query FFNs and the other heads go on learning."""
-    for name, parameter in model.named_parameters():
-        if (_bert_name(name) and "_query." not in name) or name.startswith("text_projection."):
-            parameter.requires_grad_(False)
-
-
 def _bert_name(name: str) -> str:
     """BertModel's name of one of our parameters ("" where BERT has none)."""
     if name.startswith("qformer.layernorm."):

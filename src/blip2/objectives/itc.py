@@ -63,8 +63,8 @@ def itc_loss(similarity: Similarities, is_positive: Tensor, *, label_smoothing: 
     return (image_side + text_side) / 2
 
 
-def sentence_loss(image_embeds: Tensor, text_embeds: Tensor, sentence_embeds: Tensor) -> Tensor:
-    """How far ITC features are from a frozen sentence encoder's: mean of 1 - cosine over images and texts, in [0, 4].
+def sentence_losses(image_embeds: Tensor, text_embeds: Tensor, sentence_embeds: Tensor) -> tuple[Tensor, Tensor]:
+    """How far ITC features of images, and of texts, are from a frozen sentence encoder's: mean 1 - cosine, in [0, 2].
 
     Not in the paper. With few concepts, contrast alone bends the text features until texts never seen lie anywhere.
 
@@ -75,7 +75,7 @@ def sentence_loss(image_embeds: Tensor, text_embeds: Tensor, sentence_embeds: Te
     """
     image_side = torch.einsum("bqe,be->bq", image_embeds, sentence_embeds).amax(dim=-1)  # (B,)
     text_side = (text_embeds * sentence_embeds).sum(dim=-1)  # (B,)
-    return (1 - image_side).mean() + (1 - text_side).mean()
+    return (1 - image_side).mean(), (1 - text_side).mean()
 
 
 def same_group(groups: Tensor, all_groups: Tensor) -> Tensor:

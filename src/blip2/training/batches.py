@@ -18,6 +18,7 @@ from blip2.model.stage1 import Text
 from blip2.objectives.language_modeling import split_caption
 from blip2.preprocessing.prompts import question_prompt
 from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer, TextBatch
+from blip2.training.classify import NOT_LISTED, ClassifyBatch
 from blip2.training.recipe import DataSection
 from blip2.training.stage1 import Stage1Batch
 from blip2.training.stage2 import Stage2Batch
@@ -176,6 +177,45 @@ class Stage2Batches:
         if self.splits_captions:
             return (self.prompts.caption_instruction, *split_caption(caption, item.rng.random()))
         return self.prompts.caption_instruction, self.prompts.caption, caption
+
+
+class ClassifyBatches:
+    """Batch number -> ClassifyBatch.
+
+    Args:
+        answers: the list of answers.
+        caption_instruction: what is asked where the task is a caption.
+    """
+
+    def __init__(
+        self,
+        reader: ItemReader,
+        tokenizer: QFormerTokenizer,
+        data: DataSection,
+        batch_size: int,
+        *,
+        answers: Sequence[str],
+        caption_instruction: str,
+    ) -> None:
+        self.reader, self.tokenizer, self.data, self.batch_size = reader, tokenizer, data, batch_size
+        self.number_of = {answer: number for number, answer in enumerate(answers)}
+        self.caption_instruction = caption_instruction
+
+    def __call__(self, number: int) -> ClassifyBatch:
+        """The batch at positions number * batch_size and after."""
+        items = self.reader.items(number * self.batch_size, self.batch_size)
+        asked, answered = zip(*(self._texts(item) for item in items), strict=True)
+        numbers = [self.number_of.get(answer, NOT_LISTED) for answer in answered]
+        return ClassifyBatch(_stacked(items), self.instruction(asked), torch.tensor(numbers))
+
+    def instruction(self, asked: Sequence[str]) -> Text:
+        """Questions in the Q-Former's tokens."""
+        return as_text(self.tokenizer.encode(list(asked), self.data.max_text_length))
+
+    def _texts(self, item: Item) -> tuple[str, str]:
+        if item.question is not None:
+            return item.question.question, item.question.answer
+        return self.caption_instruction, item.sample.captions[int(item.rng.integers(len(item.sample.captions)))]
 
 
 def as_text(batch: TextBatch) -> Text:

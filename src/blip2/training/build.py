@@ -3,6 +3,7 @@
 import copy
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from blip2.errors import BadRecipe, MissingFile
 from blip2.inference.loading import wrap_language_model
 from blip2.model.config import QFormerConfig
 from blip2.model.language import LanguageModel
-from blip2.model.stage1 import Blip2Stage1, freeze_text, load_text_weights
+from blip2.model.stage1 import Blip2Stage1, load_text_weights
 from blip2.model.stage2 import Blip2Stage2
 from blip2.model.vision import ImageEncoder
 from blip2.preprocessing.images import ImageTransform, load_image
@@ -29,14 +30,15 @@ from blip2.preprocessing.prompts import CAPTION_INSTRUCTION, CAPTION_PROMPT, QUE
 from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer
 from blip2.preprocessing.vary import VIEWS, vary
 from blip2.training import state
-from blip2.training.batches import ItemReader, PromptTexts, Source, Stage1Batches, Stage2Batches
+from blip2.training.batches import ClassifyBatches, ItemReader, PromptTexts, Source, Stage1Batches, Stage2Batches
+from blip2.training.classify import ClassifyStep, list_answers
 from blip2.training.compiled import compile_layers
 from blip2.training.loop import Job, resolve_precision
 from blip2.training.memory import keep_freed_memory
-from blip2.training.recipe import MixtureItem, Recipe
-from blip2.training.stage1 import Stage1Step
+from blip2.training.recipe import MixtureItem, Recipe, TrainingSection
+from blip2.training.stage1 import Sentences, Stage1Step
 from blip2.training.stage2 import Stage2Step
-from blip2.training.validation import answers_right, retrieval_found
+from blip2.training.validation import answers_right, classified_right, retrieval_found
 
 PROMPTS = PromptTexts(caption=CAPTION_PROMPT, caption_instruction=CAPTION_INSTRUCTION, question=QUESTION_PROMPT)
 VALIDATION_QUESTIONS = 256
@@ -59,7 +61,8 @@ def build(recipe: Recipe, run_dir: Path) -> Job:
     parts = _frozen_parts(recipe)
     sources = [_source(recipe, item, parts) for item in recipe.data.mixture]
     reader = ItemReader(sources, recipe.data, recipe.seed)
-    return _stage1_job(recipe, parts, reader) if recipe.stage == "stage1" else _stage2_job(recipe, parts, reader)
+    make_job = {"stage1": _stage1_job, "classify": _classify_job}.get(recipe.stage, _stage2_job)
+    return make_job(recipe, parts, reader)
 
 
 # Frozen parts
@@ -142,9 +145,13 @@ def _source(recipe: Recipe, item: MixtureItem, parts: FrozenParts) -> Source:
     texts = list(samples.described())
     questions = None
     if item.task == "question":
-        questions = [(i, question) for i, sample in enumerate(texts) for question in sample.questions]
-        if not questions:
+        found = [(i, question) for i, sample in enumerate(texts) for question in sample.questions]
+        if not found:
             raise BadRecipe(f"data.mixture: the split {item.split} has no questions; give it the task caption.")
+        questions = [(i, question) for i, question in found if not item.kinds or question.kind in item.kinds]
+        if not questions:
+            there = ", ".join(sorted({question.kind for _, question in found}))
+            raise BadRecipe(f"data.mixture: no question of {item.split} is of a kind in kinds. It has: {there}.")
     features = split_features(folder, item.split, samples, parts, num_views=item.num_views, flip=item.flip)
     return Source(texts, features, item.num_views, item.weight, questions)
 
@@ -205,8 +212,6 @@ def _stage1_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader) -> Job:
     start_from(model, recipe)
     if recipe.model.freeze_word_embeddings:
         model.embeddings.word_embeddings.requires_grad_(False)
-    if recipe.model.freeze_text:
-        freeze_text(model)
     step = Stage1Step(
         model,
         bos_id=parts.qformer_tokenizer.dec_id,
@@ -214,7 +219,8 @@ def _stage1_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader) -> Job:
         label_smoothing=training.label_smoothing,
         weights=(training.itc_weight, training.itm_weight, training.itg_weight),
         matched_share=training.matched_share,
-        sentences=(sentence_model, training.sentence_weight) if sentence_model is not None else None,
+        sentences=_sentences(sentence_model, training),
+        min_temperature=training.min_temperature,
     )
     batches = Stage1Batches(reader, parts.qformer_tokenizer, recipe.data, training.micro_batch_size)
     folder = data_folder(recipe.data.folder)
@@ -224,6 +230,15 @@ def _stage1_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader) -> Job:
         features = split_features(folder, split, samples, parts)
         evaluators.append((training.evaluate_every, _Retrieval(model, split, samples, features, parts)))
     return Job(module=step, batches=batches, evaluators=evaluators)
+
+
+def _sentences(sentence_model: Blip2Stage1 | None, training: TrainingSection) -> Sentences | None:
+    if sentence_model is None:
+        return None
+    text_weight = training.sentence_text_weight
+    return Sentences(
+        sentence_model, training.sentence_weight, training.sentence_weight if text_weight is None else text_weight
+    )
 
 
 def _sentence_model(model: Blip2Stage1) -> Blip2Stage1:
@@ -300,6 +315,59 @@ class _Answers:
 
     def __call__(self) -> dict[str, float]:
         measured = answers_right(self.model, self.batches, self.samples, self.features, VALIDATION_QUESTIONS)
+        return {f"{self.split}/{name}": value for name, value in measured.items()}
+
+
+# Answer classification
+
+
+def _classify_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader) -> Job:
+    assert recipe.model.language is not None
+    language_model, _ = load_language_model(recipe.model.language, frozen_dtype(recipe))  # only its width is used
+    model = Blip2Stage2(None, parts.config, None, language_width=language_model.width, instruction_aware=True)
+    load_text_weights(model, parts.text_init.state_dict)
+    start_from(model, recipe)
+    if recipe.model.freeze_word_embeddings:
+        model.embeddings.word_embeddings.requires_grad_(False)
+    answers = list_answers(_count_answers(reader.sources), recipe.training.num_answers)
+    step = ClassifyStep(model, len(answers), label_smoothing=recipe.training.label_smoothing)
+    batches = ClassifyBatches(
+        reader,
+        parts.qformer_tokenizer,
+        recipe.data,
+        recipe.training.micro_batch_size,
+        answers=answers,
+        caption_instruction=PROMPTS.caption_instruction,
+    )
+    folder = data_folder(recipe.data.folder)
+    evaluators = []
+    for split in recipe.data.validation:
+        samples = open_split(folder, split)
+        features = split_features(folder, split, samples, parts)
+        evaluators.append((recipe.training.evaluate_every, _Classified(step, split, samples, features, batches)))
+    return Job(module=step, batches=batches, evaluators=evaluators)
+
+
+def _count_answers(sources: Sequence[Source]) -> Counter[str]:
+    counted: Counter[str] = Counter()
+    for source in sources:
+        if source.questions is None:
+            counted.update(caption for sample in source.samples for caption in sample.captions)
+        else:
+            counted.update(question.answer for _, question in source.questions)
+    return counted
+
+
+@dataclass(frozen=True)
+class _Classified:
+    step: ClassifyStep
+    split: str
+    samples: Sequence[Sample]
+    features: FeatureCache
+    batches: ClassifyBatches
+
+    def __call__(self) -> dict[str, float]:
+        measured = classified_right(self.step, self.batches, self.samples, self.features, VALIDATION_QUESTIONS * 4)
         return {f"{self.split}/{name}": value for name, value in measured.items()}
 
 

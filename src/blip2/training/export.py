@@ -49,7 +49,7 @@ def export(
 def _read(path: Path, part: str) -> tuple[Recipe, dict[str, Tensor]]:
     checkpoint = state.find_checkpoint(path)
     recipe = recipe_from_settings(state.read_state(checkpoint)["recipe"], f"{checkpoint}/state.json")
-    if (recipe.stage == "stage1") != (part == "stage1"):
+    if recipe.stage == "classify" or (recipe.stage == "stage1") != (part == "stage1"):
         raise BadRecipe(f"{path} is a run of {recipe.stage}, which cannot be {native.PARTS[part]}.")
     return recipe, {name.removeprefix("model."): tensor for name, tensor in state.load_model(checkpoint).items()}
 

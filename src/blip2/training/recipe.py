@@ -56,9 +56,6 @@ class ModelSection:
     """How a text becomes one vector: its first token (the paper) or the mean of its tokens."""
     freeze_word_embeddings: bool = False
     """Keep the word embeddings of text_init as they are."""
-    freeze_text: bool = False
-    """Keep the whole text side of text_init as it is, the self-attention that the queries share included: texts never
-    seen then stay where text_init puts them (stage 1)."""
     dropout: Share = 0.1
     """Dropout after the Q-Former's dense layers and embeddings."""
     attention_dropout: Share = 0.1
@@ -79,6 +76,9 @@ class MixtureItem:
     """Share of the samples, relative to the other items."""
     task: Literal["caption", "question"] = "caption"
     """Train on the pictures' captions, or on their questions and answers."""
+    kinds: tuple[str, ...] = ()
+    """Kinds of questions to take, such as left or count; none for all. A split may stand in several items, so that
+    some kinds get a greater share."""
     num_views: Positive = 1
     """Views of each picture whose image features are cached: the plain picture and varied ones."""
     flip: bool = False
@@ -160,8 +160,13 @@ class TrainingSection:
     itm_weight: Rate = 1.0
     """Weight of the matching loss (stage 1)."""
     sentence_weight: Rate = 0.0
-    """Weight of keeping the features of ITC near the sentence embeddings of text_init (stage 1, not in the paper): what
-    is learnt of the training concepts then carries over to texts never seen."""
+    """Weight of keeping the image features of ITC near the sentence embeddings of text_init: what is learnt of the
+    training concepts then carries over to texts never seen (stage 1, not in the paper)."""
+    sentence_text_weight: Rate | None = None
+    """Weight of keeping the text features there; null: sentence_weight. Needs a sentence_weight."""
+    min_temperature: Rate = 0.0
+    """Lowest temperature of ITC; 0 leaves it free, as the original code does. A model that may grow ever surer of few
+    training pairs does so (stage 1)."""
     matched_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Share of a batch's pairs that ITM matches; their negatives come from the whole batch. Saves time (stage 1)."""
     itg_weight: Rate = 1.0
@@ -174,6 +179,9 @@ class TrainingSection:
     """Newest checkpoints that are kept."""
     evaluate_every: Count = 500
     """Steps between two evaluations; 0 for one at the end."""
+    num_answers: Positive = 5000
+    """Length of the list of answers, the most frequent of the mixture; samples with another answer do not count
+    (classify)."""
     compile: bool = False
     """Fuse the LLM's layers (stage 2, instruction tuning): 1.4 times as fast on a CPU, after 20 seconds; needs a C++
     compiler. A resumed run then equals an uninterrupted one but for rounding."""
@@ -198,8 +206,9 @@ class TrainingSection:
 class Recipe:
     """One training run."""
 
-    stage: Literal["stage1", "stage2", "instruct"]
-    """stage1: representation (ITC, ITM, ITG); stage2: generation by a frozen LLM; instruct: answers to instructions."""
+    stage: Literal["stage1", "stage2", "classify", "instruct"]
+    """stage1: representation (ITC, ITM, ITG); stage2: generation by a frozen LLM; classify: answers out of a list, by
+    the Q-Former alone, to prepare instruct at a fifth of its cost; instruct: answers to instructions by the LLM."""
     name: str
     """Name of the run, and of its folder."""
     seed: Count = 0
@@ -213,6 +222,8 @@ class Recipe:
     def _stage_has_its_parts(self) -> "Recipe":
         if self.stage != "stage1" and self.model.language is None:
             raise ValueError(f"{self.stage} trains for a language model: set model.language")
+        if self.stage == "classify" and not self.model.instruction_aware:
+            raise ValueError("classify needs a Q-Former that reads the question: set model.instruction_aware: true")
         return self
 
 

@@ -17,7 +17,7 @@ from blip2.objectives.itc import (
     image_text_similarity,
     itc_loss,
     same_group,
-    sentence_loss,
+    sentence_losses,
     similarities,
 )
 from blip2.objectives.itg import caption_inputs, itg_loss
@@ -42,6 +42,20 @@ class Stage1Batch:
     told: Text | None = None
 
 
+@dataclass(frozen=True)
+class Sentences:
+    """A frozen model whose text features those of ITC stay near.
+
+    Attributes:
+        model: the frozen model.
+        image_weight, text_weight: of 1 - cosine for the images' best queries and for the texts.
+    """
+
+    model: Blip2Stage1
+    image_weight: float
+    text_weight: float
+
+
 class Stage1Step(nn.Module):
     """The module whose forward is one step; what data parallelism and compilers wrap.
 
@@ -52,7 +66,8 @@ class Stage1Step(nn.Module):
         label_smoothing: of ITC and ITG.
         weights: of ITC, ITM and ITG in the sum.
         matched_share: share of the pairs that ITM matches, at least one.
-        sentences: a frozen model whose text features ITC's stay near, with its weight; None: they are free.
+        sentences: what the features of ITC stay near; None: they are free.
+        min_temperature: the temperature is brought back to this where it has sunk below.
     """
 
     def __init__(
@@ -64,7 +79,8 @@ class Stage1Step(nn.Module):
         label_smoothing: float = 0.1,
         weights: tuple[float, float, float] = (1.0, 1.0, 1.0),
         matched_share: float = 1.0,
-        sentences: tuple[Blip2Stage1, float] | None = None,
+        sentences: Sentences | None = None,
+        min_temperature: float = 0.0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -73,7 +89,9 @@ class Stage1Step(nn.Module):
         self.label_smoothing = label_smoothing
         self.weights = weights
         self.matched_share = matched_share
-        self.sentence_model, self.sentence_weight = sentences or (None, 0.0)
+        self.sentence_model = sentences.model if sentences else None
+        self.sentence_weights = (sentences.image_weight, sentences.text_weight) if sentences else (0.0, 0.0)
+        self.min_temperature = min_temperature
 
     def train(self, mode: bool = True) -> Self:
         """Wakes dropout, but not in the sentence encoder, which is a yardstick."""
@@ -87,6 +105,9 @@ class Stage1Step(nn.Module):
 
         What has weight 0 is not computed.
         """
+        if self.training and self.min_temperature:
+            with torch.no_grad():
+                self.model.temperature.clamp_(min=self.min_temperature)
         images = self.model.image_pass(batch.image_features)
         image_embeds = self.model.project_queries(images.output)  # (B, Q, E)
         text_embeds = self.model.embed_texts(batch.text)  # (B, E)
@@ -99,8 +120,9 @@ class Stage1Step(nn.Module):
         if self.sentence_model is not None:
             with torch.no_grad():
                 sentence_embeds = self.sentence_model.embed_texts(batch.text)  # (B, E)
-            losses["sentence"] = sentence_loss(image_embeds, text_embeds, sentence_embeds)
-            loss = loss + self.sentence_weight * losses["sentence"]
+            image_side, text_side = sentence_losses(image_embeds, text_embeds, sentence_embeds)
+            losses |= {"sentence_image": image_side, "sentence_text": text_side}
+            loss = loss + self.sentence_weights[0] * image_side + self.sentence_weights[1] * text_side
         if itm_weight:
             losses["itm"], found["itm_accuracy"] = self._match(images.image, batch.text, similarity, is_positive)
             loss = loss + itm_weight * losses["itm"]

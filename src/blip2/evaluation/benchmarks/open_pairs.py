@@ -154,20 +154,23 @@ class _Benchmark:
 
     # -- retrieval ------------------------------------------------------------------------------------------------
     def retrieval(self) -> None:
-        """Recall at 1, 5, 10 both ways, then recall at 1 after re-ranking."""
+        """Recall at 1, 5, 10 both ways, then recall at 1 after re-ranking by either rule of `retrieval.rerank`."""
         retriever = self.model.retriever
         for split in (STYLE, CONCEPTS):
             pictures = self.pictures(split)
             texts, features = pictures.texts, pictures.features
             similarity = similarity_matrix(retriever, features, texts, self.say)  # (P, T)
 
-            def match(pairs: Tensor, features: Tensor = features, texts: Sequence[str] = texts) -> Tensor:
-                return match_pairs(retriever, features, texts, pairs, self.say)
-
-            reranked = retrieval.rerank(similarity, CANDIDATES, match, both_ways=pictures.are_all)
+            candidates = retrieval.best_candidates(similarity, CANDIDATES, both_ways=pictures.are_all)
+            logits = match_pairs(retriever, features, texts, candidates.pairs, self.say)  # (M, 2)
+            temperature = float(retriever.model.temperature)
             metrics = self._recalls(pictures, similarity, similarity.T)
-            best = self._recalls(pictures, reranked.image_to_text, reranked.text_to_image)
-            metrics |= {name.replace("_r1", "_reranked_r1"): best[name] for name in best if name.endswith("_r1")}
+            for name, reranked in {
+                "reranked": retrieval.rerank(similarity / temperature, candidates, logits[:, 1] - logits[:, 0]),
+                "reranked_as_original": retrieval.rerank(similarity, candidates, logits[:, 1]),
+            }.items():
+                best = self._recalls(pictures, reranked.image_to_text, reranked.text_to_image)
+                metrics |= {key.replace("_r1", f"_{name}_r1"): best[key] for key in best if key.endswith("_r1")}
             self._add("retrieval", split, metrics)
             if split == CONCEPTS:
                 self._add_new_nouns("retrieval", similarity)
