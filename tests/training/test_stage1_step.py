@@ -215,3 +215,15 @@ def test_the_temperature_sinks_to_its_floor_and_no_further(model: Blip2Stage1, b
     assert losses["temperature"].item() == model.temperature.item() == pytest.approx(0.03)
     losses["loss"].backward()
     assert model.temperature.grad is not None and model.temperature.grad != 0
+
+
+def test_pooled_queries_stand_for_an_image_as_one_unit_vector(model: Blip2Stage1, batch: Stage1Batch) -> None:
+    each = model.embed_images(batch.image_features)  # (B, Q, E)
+    model.config = dataclasses.replace(CONFIG, query_pooling="mean")
+    pooled = model.embed_images(batch.image_features)
+    assert pooled.shape == (each.shape[0], 1, each.shape[2])
+    torch.testing.assert_close(pooled, F.normalize(each.mean(dim=1, keepdim=True), dim=-1))
+    text_embeds = model.embed_texts(batch.text)
+    expected = torch.einsum("bqe,ce->bc", each, text_embeds) / each.sum(dim=1).norm(dim=-1, keepdim=True)
+    torch.testing.assert_close(image_text_similarity(pooled, text_embeds), expected)
+    assert all(torch.isfinite(value) for value in Stage1Step(model, bos_id=DEC)(batch).values())

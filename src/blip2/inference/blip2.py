@@ -210,7 +210,10 @@ class Blip2:
         return torch.cat(features)
 
     def embed_images(self, images: Images) -> np.ndarray:
-        """Unit vectors (B, Q, E) of the pictures, one for each query; a text's similarity is that of the best query."""
+        """Unit vectors (B, Q, E) of the pictures, one for each query; a text's similarity is that of the best query.
+
+        A model that pools its queries (`query_pooling: mean`, as mini does) gives one vector, (B, 1, E).
+        """
         retriever = self.retriever
         rows, _ = _rows(images)
         embeds = [retriever.embed_images(self.image_features(rows[some])) for some in self._batches(len(rows))]

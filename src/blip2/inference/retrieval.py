@@ -46,7 +46,7 @@ class Retriever:
 
     @torch.inference_mode()
     def embed_images(self, image_features: Tensor) -> Tensor:
-        """Unit vectors (B, Q, E) of image features (B, N, Dv)."""
+        """Unit vectors (B, Q, E) of image features (B, N, Dv); Q is 1 where the model pools its queries."""
         return self.model.embed_images(image_features.to(self._dtype))
 
     @torch.inference_mode()

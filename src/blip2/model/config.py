@@ -22,6 +22,8 @@ class QFormerConfig:
         embed_dim: E, width of the features that image-text contrast compares.
         text_pooling: which text feature stands for a sentence in ITC: that of [CLS] (the paper) or the mean over the
             real tokens (as the MiniLM sentence encoder was trained).
+        query_pooling: how the queries of an image stand for it in ITC: each for itself, the one most like the text
+            counting (max, the paper), or as their mean (with few training texts the maximum picks up noise).
     """
 
     vocab_size: int = BERT_VOCABULARY + 1
@@ -39,6 +41,7 @@ class QFormerConfig:
     initializer_range: float = 0.02
     embed_dim: int = 256
     text_pooling: Literal["cls", "mean"] = "cls"
+    query_pooling: Literal["max", "mean"] = "max"
 
     def has_cross_attention(self, layer: int) -> bool:
         """Whether layer number `layer`, counted from 0, looks at the image."""

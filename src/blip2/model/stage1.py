@@ -133,11 +133,14 @@ class Blip2Stage1(nn.Module):
 
     # -- ITC features ---------------------------------------------------------------------------------------------
     def project_queries(self, query_output: Tensor) -> Tensor:
-        """(B, Q, D) -> (B, Q, E) of unit length."""
-        return F.normalize(self.vision_projection(query_output).float(), dim=-1)
+        """Query outputs (B, Q, D) as vectors of unit length: (B, Q, E), or (B, 1, E) where queries are pooled."""
+        embeds = F.normalize(self.vision_projection(query_output).float(), dim=-1)  # (B, Q, E)
+        if self.config.query_pooling == "mean":
+            return F.normalize(embeds.mean(dim=1, keepdim=True), dim=-1)  # (B, 1, E)
+        return embeds
 
     def embed_images(self, image_features: Tensor) -> Tensor:
-        """ITC features of images: (B, N, Dv) -> (B, Q, E) of unit length."""
+        """ITC features of images (B, N, Dv): (B, Q, E) of unit length, or (B, 1, E) where queries are pooled."""
         return self.project_queries(self.image_pass(image_features).output)
 
     def embed_texts(self, text: Text) -> Tensor:

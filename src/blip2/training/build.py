@@ -112,6 +112,7 @@ def qformer_config(recipe: Recipe, text_init: frozen.TextInit, vision_width: int
         num_query_tokens=section.num_query_tokens,
         embed_dim=section.embed_dim,
         text_pooling=section.text_pooling,
+        query_pooling=section.query_pooling,
         hidden_dropout_prob=section.dropout,
         attention_probs_dropout_prob=section.attention_dropout,
     )

@@ -16,7 +16,15 @@ from blip2.training.build import qformer_config
 from blip2.training.recipe import Recipe, recipe_from_settings, to_settings
 
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
-SHARED = ("vision", "text_init", "num_query_tokens", "embed_dim", "text_pooling", "freeze_word_embeddings")
+SHARED = (
+    "vision",
+    "text_init",
+    "num_query_tokens",
+    "embed_dim",
+    "query_pooling",
+    "text_pooling",
+    "freeze_word_embeddings",
+)
 
 
 def export(

@@ -52,6 +52,8 @@ class ModelSection:
     """Learned queries, and so visual tokens that the language model sees."""
     embed_dim: Positive = 256
     """Width of the space in which images and texts are compared."""
+    query_pooling: Literal["max", "mean"] = "max"
+    """How an image's queries stand for it in ITC: each alone, the best one counting (the paper), or as their mean."""
     text_pooling: Literal["cls", "mean"] = "cls"
     """How a text becomes one vector: its first token (the paper) or the mean of its tokens."""
     freeze_word_embeddings: bool = False
