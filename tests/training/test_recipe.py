@@ -53,7 +53,7 @@ def test_settings_as_kept_in_a_checkpoint_read_as_the_same_recipe(recipe):
 def test_help_stands_above_each_setting(recipe):
     shown = to_yaml(recipe, with_help=True)
     assert "  # Peak learning rate, reached after the warm-up.\n  learning_rate: 0.0001\n" in shown
-    assert "# one of: stage1, stage2, classify, instruct\nstage: stage2\n" in shown
+    assert "# one of: stage1, stage2, instruct\nstage: stage2\n" in shown
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_help_stands_above_each_setting(recipe):
         ("steps: 100", "steps: true", "training.steps: true is no number."),
         ("steps: 100, ", "", "training.steps is missing and has no default."),
         ("1e-4", ".nan", "optimizer.learning_rate is nan: input should be a finite number"),
-        ("stage2", "stage3", "stage is 'stage3': input should be 'stage1', 'stage2', 'classify' or 'instruct'"),
+        ("stage2", "stage3", "stage is 'stage3': input should be 'stage1', 'stage2' or 'instruct'"),
         ("name: trial", "name: trial\nname: other", "name is given twice"),
         ("batch_size: 8", "batch_size: 8, accumulation: 3", "cannot be split into accumulation = 3 equal parts"),
         ("weight: 2", "weight: 2000", "train_scenes has a share below 0.2%"),

@@ -18,7 +18,7 @@ from blip2.model.stage1 import Text
 from blip2.objectives.language_modeling import split_caption
 from blip2.preprocessing.prompts import question_prompt
 from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer, TextBatch
-from blip2.training.classify import NOT_LISTED, ClassifyBatch
+from blip2.training.instruct import NOT_LISTED, AnswerBatch, InstructBatch
 from blip2.training.recipe import DataSection
 from blip2.training.stage1 import Stage1Batch
 from blip2.training.stage2 import Stage2Batch
@@ -153,22 +153,24 @@ class Stage2Batches:
     def __call__(self, number: int) -> Stage2Batch:
         """The batch at positions number * batch_size and after."""
         items = self.reader.items(number * self.batch_size, self.batch_size)
-        texts = [self._texts(item) for item in items]
+        texts = [self.texts(item) for item in items]
         return self.batch(_stacked(items), *zip(*texts, strict=True))
 
     def batch(
         self, features: Tensor, instructions: Sequence[str], prompts: Sequence[str], targets: Sequence[str]
     ) -> Stage2Batch:
         """Tokenised texts beside ready features (B, N, Dv)."""
-        data = self.data
-        instruction = None
-        if self.instruction_tokenizer is not None:
-            instruction = as_text(self.instruction_tokenizer.encode(list(instructions), data.max_text_length))
-        target = self.language_tokenizer.encode_targets(list(targets), max_length=data.max_text_length)
+        target = self.language_tokenizer.encode_targets(list(targets), max_length=self.data.max_text_length)
         prompt = self.language_tokenizer.encode_prompts(list(prompts))
-        return Stage2Batch(features, as_text(prompt), as_text(target), instruction)
+        return Stage2Batch(features, as_text(prompt), as_text(target), self.instruction(instructions))
 
-    def _texts(self, item: Item) -> tuple[str, str, str]:
+    def instruction(self, instructions: Sequence[str]) -> Text | None:
+        """Instructions in the Q-Former's tokens; None for a model whose Q-Former reads nothing."""
+        if self.instruction_tokenizer is None:
+            return None
+        return as_text(self.instruction_tokenizer.encode(list(instructions), self.data.max_text_length))
+
+    def texts(self, item: Item) -> tuple[str, str, str]:
         """Instruction, prompt and target of an item."""
         if item.question is not None:
             question = item.question.question
@@ -179,43 +181,28 @@ class Stage2Batches:
         return self.prompts.caption_instruction, self.prompts.caption, caption
 
 
-class ClassifyBatches:
-    """Batch number -> ClassifyBatch.
+class InstructBatches:
+    """Batch number -> InstructBatch: what the LLM answers, and further samples whose answers are listed.
 
     Args:
+        spoken: gives the LLM's share.
+        reader: of the further samples, with a seed of its own.
+        num_listed: further samples a batch.
         answers: the list of answers.
-        caption_instruction: what is asked where the task is a caption.
     """
 
-    def __init__(
-        self,
-        reader: ItemReader,
-        tokenizer: QFormerTokenizer,
-        data: DataSection,
-        batch_size: int,
-        *,
-        answers: Sequence[str],
-        caption_instruction: str,
-    ) -> None:
-        self.reader, self.tokenizer, self.data, self.batch_size = reader, tokenizer, data, batch_size
+    def __init__(self, spoken: Stage2Batches, reader: ItemReader, num_listed: int, answers: Sequence[str]) -> None:
+        self.spoken, self.reader, self.num_listed = spoken, reader, num_listed
         self.number_of = {answer: number for number, answer in enumerate(answers)}
-        self.caption_instruction = caption_instruction
 
-    def __call__(self, number: int) -> ClassifyBatch:
-        """The batch at positions number * batch_size and after."""
-        items = self.reader.items(number * self.batch_size, self.batch_size)
-        asked, answered = zip(*(self._texts(item) for item in items), strict=True)
-        numbers = [self.number_of.get(answer, NOT_LISTED) for answer in answered]
-        return ClassifyBatch(_stacked(items), self.instruction(asked), torch.tensor(numbers))
-
-    def instruction(self, asked: Sequence[str]) -> Text:
-        """Questions in the Q-Former's tokens."""
-        return as_text(self.tokenizer.encode(list(asked), self.data.max_text_length))
-
-    def _texts(self, item: Item) -> tuple[str, str]:
-        if item.question is not None:
-            return item.question.question, item.question.answer
-        return self.caption_instruction, item.sample.captions[int(item.rng.integers(len(item.sample.captions)))]
+    def __call__(self, number: int) -> InstructBatch:
+        """The batch at positions number * batch_size and after, and number * num_listed and after."""
+        items = self.reader.items(number * self.num_listed, self.num_listed)
+        asked, _, answered = zip(*(self.spoken.texts(item) for item in items), strict=True)
+        numbers = torch.tensor([self.number_of.get(answer, NOT_LISTED) for answer in answered])
+        instruction = self.spoken.instruction(asked)
+        assert instruction is not None, "answers are listed for a Q-Former that reads the question"
+        return InstructBatch(self.spoken(number), AnswerBatch(_stacked(items), instruction, numbers))
 
 
 def as_text(batch: TextBatch) -> Text:

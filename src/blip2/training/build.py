@@ -30,18 +30,19 @@ from blip2.preprocessing.prompts import CAPTION_INSTRUCTION, CAPTION_PROMPT, QUE
 from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer
 from blip2.preprocessing.vary import VIEWS, vary
 from blip2.training import state
-from blip2.training.batches import ClassifyBatches, ItemReader, PromptTexts, Source, Stage1Batches, Stage2Batches
-from blip2.training.classify import ClassifyStep, list_answers
+from blip2.training.batches import InstructBatches, ItemReader, PromptTexts, Source, Stage1Batches, Stage2Batches
 from blip2.training.compiled import compile_layers
+from blip2.training.instruct import InstructStep, list_answers
 from blip2.training.loop import Job, resolve_precision
 from blip2.training.memory import keep_freed_memory
 from blip2.training.recipe import MixtureItem, Recipe, TrainingSection
 from blip2.training.stage1 import Sentences, Stage1Step
 from blip2.training.stage2 import Stage2Step
-from blip2.training.validation import answers_right, classified_right, retrieval_found
+from blip2.training.validation import answers_right, retrieval_found
 
 PROMPTS = PromptTexts(caption=CAPTION_PROMPT, caption_instruction=CAPTION_INSTRUCTION, question=QUESTION_PROMPT)
 VALIDATION_QUESTIONS = 256
+LISTED_SEED = 1_000_003  # added to a run's seed, so that classified samples are others than those the LLM answers
 ENCODE = 8  # pictures at once: convolutions stay in the processor's cache (77 images/s against 37 at 64, 2 cores)
 
 
@@ -61,8 +62,7 @@ def build(recipe: Recipe, run_dir: Path) -> Job:
     parts = _frozen_parts(recipe)
     sources = [_source(recipe, item, parts) for item in recipe.data.mixture]
     reader = ItemReader(sources, recipe.data, recipe.seed)
-    make_job = {"stage1": _stage1_job, "classify": _classify_job}.get(recipe.stage, _stage2_job)
-    return make_job(recipe, parts, reader)
+    return _stage1_job(recipe, parts, reader) if recipe.stage == "stage1" else _stage2_job(recipe, parts, reader)
 
 
 # Frozen parts
@@ -303,7 +303,21 @@ def _stage2_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader) -> Job:
         samples = open_split(folder, split)
         features = split_features(folder, split, samples, parts)
         evaluators.append((recipe.training.evaluate_every, _Answers(model, split, samples, features, batches)))
-    return Job(module=Stage2Step(model), batches=batches, evaluators=evaluators)
+    if not recipe.training.answer_samples:
+        return Job(module=Stage2Step(model), batches=batches, evaluators=evaluators)
+    return Job(*_with_answers(recipe, model, batches), evaluators=evaluators)
+
+
+def _with_answers(recipe: Recipe, model: Blip2Stage2, batches: Stage2Batches) -> tuple[InstructStep, InstructBatches]:
+    """The step and the batches that also classify answers."""
+    training = recipe.training
+    sources = batches.reader.sources
+    answers = list_answers(_count_answers(sources), training.num_answers)
+    step = InstructStep(
+        model, len(answers), answer_weight=training.answer_weight, label_smoothing=training.label_smoothing
+    )
+    reader = ItemReader(sources, recipe.data, recipe.seed + LISTED_SEED)
+    return step, InstructBatches(batches, reader, training.answer_samples // training.accumulation, answers)
 
 
 @dataclass(frozen=True)
@@ -319,36 +333,6 @@ class _Answers:
         return {f"{self.split}/{name}": value for name, value in measured.items()}
 
 
-# Answer classification
-
-
-def _classify_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader) -> Job:
-    assert recipe.model.language is not None
-    language_model, _ = load_language_model(recipe.model.language, frozen_dtype(recipe))  # only its width is used
-    model = Blip2Stage2(None, parts.config, None, language_width=language_model.width, instruction_aware=True)
-    load_text_weights(model, parts.text_init.state_dict)
-    start_from(model, recipe)
-    if recipe.model.freeze_word_embeddings:
-        model.embeddings.word_embeddings.requires_grad_(False)
-    answers = list_answers(_count_answers(reader.sources), recipe.training.num_answers)
-    step = ClassifyStep(model, len(answers), label_smoothing=recipe.training.label_smoothing)
-    batches = ClassifyBatches(
-        reader,
-        parts.qformer_tokenizer,
-        recipe.data,
-        recipe.training.micro_batch_size,
-        answers=answers,
-        caption_instruction=PROMPTS.caption_instruction,
-    )
-    folder = data_folder(recipe.data.folder)
-    evaluators = []
-    for split in recipe.data.validation:
-        samples = open_split(folder, split)
-        features = split_features(folder, split, samples, parts)
-        evaluators.append((recipe.training.evaluate_every, _Classified(step, split, samples, features, batches)))
-    return Job(module=step, batches=batches, evaluators=evaluators)
-
-
 def _count_answers(sources: Sequence[Source]) -> Counter[str]:
     counted: Counter[str] = Counter()
     for source in sources:
@@ -357,19 +341,6 @@ def _count_answers(sources: Sequence[Source]) -> Counter[str]:
         else:
             counted.update(question.answer for _, question in source.questions)
     return counted
-
-
-@dataclass(frozen=True)
-class _Classified:
-    step: ClassifyStep
-    split: str
-    samples: Sequence[Sample]
-    features: FeatureCache
-    batches: ClassifyBatches
-
-    def __call__(self) -> dict[str, float]:
-        measured = classified_right(self.step, self.batches, self.samples, self.features, VALIDATION_QUESTIONS * 4)
-        return {f"{self.split}/{name}": value for name, value in measured.items()}
 
 
 # Starting weights

@@ -15,6 +15,7 @@ from blip2.training import state
 from blip2.training.build import qformer_config
 from blip2.training.recipe import Recipe, recipe_from_settings, to_settings
 
+MODEL = "model."
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 SHARED = (
     "vision",
@@ -57,9 +58,10 @@ def export(
 def _read(path: Path, part: str) -> tuple[Recipe, dict[str, Tensor]]:
     checkpoint = state.find_checkpoint(path)
     recipe = recipe_from_settings(state.read_state(checkpoint)["recipe"], f"{checkpoint}/state.json")
-    if recipe.stage == "classify" or (recipe.stage == "stage1") != (part == "stage1"):
+    if (recipe.stage == "stage1") != (part == "stage1"):
         raise BadRecipe(f"{path} is a run of {recipe.stage}, which cannot be {native.PARTS[part]}.")
-    return recipe, {name.removeprefix("model."): tensor for name, tensor in state.load_model(checkpoint).items()}
+    weights = state.load_model(checkpoint)  # besides the model there may be a classifier, which ends with the training
+    return recipe, {name[len(MODEL) :]: tensor for name, tensor in weights.items() if name.startswith(MODEL)}
 
 
 def _check_alike(recipes: list[Recipe]) -> None:

@@ -181,9 +181,13 @@ class TrainingSection:
     """Newest checkpoints that are kept."""
     evaluate_every: Count = 500
     """Steps between two evaluations; 0 for one at the end."""
+    answer_samples: Count = 0
+    """Samples a step besides batch_size whose answer the Q-Former alone tells, out of a list: on a CPU they cost a
+    quarter of those that the LLM answers (instruct, not in the paper)."""
+    answer_weight: Rate = 1.0
+    """Weight of the loss on them."""
     num_answers: Positive = 5000
-    """Length of the list of answers, the most frequent of the mixture; samples with another answer do not count
-    (classify)."""
+    """Length of that list, the most frequent answers of the mixture; samples with another answer do not count."""
     compile: bool = False
     """Fuse the LLM's layers (stage 2, instruction tuning): 1.4 times as fast on a CPU, after 20 seconds; needs a C++
     compiler. A resumed run then equals an uninterrupted one but for rounding."""
@@ -195,6 +199,10 @@ class TrainingSection:
         if self.batch_size % self.accumulation:
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be split into accumulation = {self.accumulation} equal parts"
+            )
+        if self.answer_samples % self.accumulation:
+            raise ValueError(
+                f"answer_samples {self.answer_samples} cannot be split into accumulation = {self.accumulation} parts"
             )
         return self
 
@@ -208,9 +216,8 @@ class TrainingSection:
 class Recipe:
     """One training run."""
 
-    stage: Literal["stage1", "stage2", "classify", "instruct"]
-    """stage1: representation (ITC, ITM, ITG); stage2: generation by a frozen LLM; classify: answers out of a list, by
-    the Q-Former alone, to prepare instruct at a fifth of its cost; instruct: answers to instructions by the LLM."""
+    stage: Literal["stage1", "stage2", "instruct"]
+    """stage1: representation (ITC, ITM, ITG); stage2: generation by a frozen LLM; instruct: answers to instructions."""
     name: str
     """Name of the run, and of its folder."""
     seed: Count = 0
@@ -224,8 +231,8 @@ class Recipe:
     def _stage_has_its_parts(self) -> "Recipe":
         if self.stage != "stage1" and self.model.language is None:
             raise ValueError(f"{self.stage} trains for a language model: set model.language")
-        if self.stage == "classify" and not self.model.instruction_aware:
-            raise ValueError("classify needs a Q-Former that reads the question: set model.instruction_aware: true")
+        if self.training.answer_samples and not (self.stage == "instruct" and self.model.instruction_aware):
+            raise ValueError("training.answer_samples needs stage: instruct and model.instruction_aware: true")
         return self
 
 

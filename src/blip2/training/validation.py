@@ -13,8 +13,7 @@ from blip2.model.stage1 import Blip2Stage1
 from blip2.model.stage2 import Blip2Stage2
 from blip2.objectives.itc import image_text_similarity
 from blip2.preprocessing.text import QFormerTokenizer
-from blip2.training.batches import ClassifyBatches, Stage2Batches, as_text
-from blip2.training.classify import NOT_LISTED, ClassifyStep, likeliest
+from blip2.training.batches import Stage2Batches, as_text
 from blip2.training.stage2 import Stage2Batch, Stage2Step
 
 CHUNK = 128
@@ -59,25 +58,6 @@ def answers_right(
         said = batches.language_tokenizer.decode(_say(model, batch))
         right += sum(a.casefold() == b.casefold() for a, b in zip(said, targets, strict=True))
     return {"loss": sum(losses) / len(texts), "exact": right / len(texts)}
-
-
-def classified_right(
-    step: ClassifyStep, batches: ClassifyBatches, samples: Sequence[Sample], features: FeatureCache, limit: int
-) -> dict[str, float]:
-    """Share of about `limit` questions (or captions, where a split has none) told exactly, and by their kind."""
-    asked = [(i, q.question, q.answer, q.kind) for i, sample in enumerate(samples) for q in sample.questions]
-    if not asked:
-        asked = [(i, batches.caption_instruction, sample.captions[0], "caption") for i, sample in enumerate(samples)]
-    asked = asked[:: max(1, len(asked) // limit)]
-    right: dict[str, list[bool]] = {}
-    for first in range(0, len(asked), CHUNK):
-        rows, questions, answers, kinds = zip(*asked[first : first + CHUNK], strict=True)
-        numbers = likeliest(step, _rows(features, rows), batches.instruction(questions))
-        for number, answer, kind in zip(numbers, answers, kinds, strict=True):
-            right.setdefault(kind, []).append(number == batches.number_of.get(answer, NOT_LISTED))
-    everything = [found for kind in right.values() for found in kind]
-    by_kind = {kind: sum(found) / len(found) for kind, found in sorted(right.items())}
-    return {"exact": sum(everything) / len(everything), **(by_kind if len(by_kind) > 1 else {})}
 
 
 def _stride(samples: Sequence[Sample], limit: int) -> int:
