@@ -38,7 +38,7 @@ def picture(number: int) -> Sample:
 
 def tiny_recipe(root: Path, stage: str, steps: int = 6, **model: object) -> Recipe:
     """A recipe over the parts in `root`."""
-    task = "question" if stage in ("instruct", "classify") else "caption"
+    task = "question" if stage == "instruct" else "caption"
     return recipe_from_settings(
         {
             "stage": stage,
@@ -51,7 +51,7 @@ def tiny_recipe(root: Path, stage: str, steps: int = 6, **model: object) -> Reci
                 "num_query_tokens": 4,
                 "embed_dim": 16,
                 "freeze_word_embeddings": True,
-                "instruction_aware": stage in ("instruct", "classify"),
+                "instruction_aware": stage == "instruct",
                 **model,
             },
             "data": {
