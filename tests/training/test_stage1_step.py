@@ -227,3 +227,13 @@ def test_pooled_queries_stand_for_an_image_as_one_unit_vector(model: Blip2Stage1
     expected = torch.einsum("bqe,ce->bc", each, text_embeds) / each.sum(dim=1).norm(dim=-1, keepdim=True)
     torch.testing.assert_close(image_text_similarity(pooled, text_embeds), expected)
     assert all(torch.isfinite(value) for value in Stage1Step(model, bos_id=DEC)(batch).values())
+
+
+def test_queries_side_by_side_each_have_a_projection_of_their_own(batch: Stage1Batch) -> None:
+    torch.manual_seed(0)
+    model = Blip2Stage1(None, dataclasses.replace(CONFIG, query_pooling="concat")).eval()
+    output = model.image_pass(batch.image_features).output  # (B, Q, D)
+    parts = model.vision_projection.weight.view(CONFIG.embed_dim, CONFIG.num_query_tokens, CONFIG.hidden_size)
+    expected = F.normalize(torch.einsum("bqd,eqd->be", output, parts) + model.vision_projection.bias, dim=-1)
+    torch.testing.assert_close(model.embed_images(batch.image_features)[:, 0], expected)
+    assert all(torch.isfinite(value) for value in Stage1Step(model, bos_id=DEC)(batch).values())

@@ -23,7 +23,8 @@ class QFormerConfig:
         text_pooling: which text feature stands for a sentence in ITC: that of [CLS] (the paper) or the mean over the
             real tokens (as the MiniLM sentence encoder was trained).
         query_pooling: how the queries of an image stand for it in ITC: each for itself, the one most like the text
-            counting (max, the paper), or as their mean (with few training texts the maximum picks up noise).
+            counting (max, the paper), as their mean (with few training texts the maximum picks up noise), or side by
+            side through one wide projection (concat), which lets each query keep a part of its own.
     """
 
     vocab_size: int = BERT_VOCABULARY + 1
@@ -41,7 +42,7 @@ class QFormerConfig:
     initializer_range: float = 0.02
     embed_dim: int = 256
     text_pooling: Literal["cls", "mean"] = "cls"
-    query_pooling: Literal["max", "mean"] = "max"
+    query_pooling: Literal["max", "mean", "concat"] = "max"
 
     def has_cross_attention(self, layer: int) -> bool:
         """Whether layer number `layer`, counted from 0, looks at the image."""

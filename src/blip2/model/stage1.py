@@ -84,7 +84,8 @@ class Blip2Stage1(nn.Module):
         self.embeddings = TextEmbeddings(config)
         self.qformer = QFormer(config)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))
-        self.vision_projection = nn.Linear(config.hidden_size, config.embed_dim)
+        joined = config.num_query_tokens if config.query_pooling == "concat" else 1
+        self.vision_projection = nn.Linear(joined * config.hidden_size, config.embed_dim)
         self.text_projection = nn.Linear(config.hidden_size, config.embed_dim)
         self.itm_head = nn.Linear(config.hidden_size, 2)
         self.lm_head = LanguageModelHead(config)
@@ -134,7 +135,9 @@ class Blip2Stage1(nn.Module):
     # -- ITC features ---------------------------------------------------------------------------------------------
     def project_queries(self, query_output: Tensor) -> Tensor:
         """Query outputs (B, Q, D) as vectors of unit length: (B, Q, E), or (B, 1, E) where queries are pooled."""
-        embeds = F.normalize(self.vision_projection(query_output).float(), dim=-1)  # (B, Q, E)
+        if self.config.query_pooling == "concat":
+            query_output = query_output.flatten(1)[:, None]  # (B, 1, Q * D)
+        embeds = F.normalize(self.vision_projection(query_output).float(), dim=-1)  # (B, Q or 1, E)
         if self.config.query_pooling == "mean":
             return F.normalize(embeds.mean(dim=1, keepdim=True), dim=-1)  # (B, 1, E)
         return embeds

@@ -52,8 +52,9 @@ class ModelSection:
     """Learned queries, and so visual tokens that the language model sees."""
     embed_dim: Positive = 256
     """Width of the space in which images and texts are compared."""
-    query_pooling: Literal["max", "mean"] = "max"
-    """How an image's queries stand for it in ITC: each alone, the best one counting (the paper), or as their mean."""
+    query_pooling: Literal["max", "mean", "concat"] = "max"
+    """How an image's queries stand for it in ITC: each alone, the best one counting (the paper), as their mean, or side
+    by side through one wide projection, so that each may hold a part."""
     text_pooling: Literal["cls", "mean"] = "cls"
     """How a text becomes one vector: its first token (the paper) or the mean of its tokens."""
     freeze_word_embeddings: bool = False
