@@ -1,7 +1,6 @@
 """Every stage runs on real parts made tiny, leaves the frozen ones alone, and survives kills bit for bit."""
 
 import dataclasses
-import random
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from blip2.training.export import export
 from blip2.training.state import MODEL, OPTIMIZER, newest_checkpoint
 
 from .tiny_blip2 import build_in, make_parts, run_blip2, tiny_recipe
-from .tiny_run import start_process
+from .tiny_run import kill_five_times
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +36,7 @@ def weights(run_dir: Path) -> tuple[bytes, bytes]:
 @pytest.mark.parametrize("stage", ["stage1", "stage2", "instruct"])
 def test_five_kills_leave_the_bits_of_an_uninterrupted_run(root, tmp_path, stage):
     run_blip2(root, stage, tmp_path / "whole")
-    chance = random.Random(stage)
-    killed = 0
-    for _ in range(5):
-        process, listen = start_process(run_blip2, root, stage, tmp_path / "killed", 6)
-        try:
-            for _ in range(chance.randrange(1, 3)):
-                listen.recv()
-        except EOFError:
-            pass
-        process.kill()
-        process.join()
-        killed += process.exitcode == -9
-    assert killed >= 3
+    assert kill_five_times(stage, run_blip2, root, stage, tmp_path / "killed", 6) >= 3
     assert run_blip2(root, stage, tmp_path / "killed").finished
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
 

@@ -1,7 +1,6 @@
 """Answers classified beside those of the LLM: what counts, what is learnt, and what is exported."""
 
 import dataclasses
-import random
 
 import pytest
 import torch
@@ -12,10 +11,10 @@ from blip2.training.export import export
 from blip2.training.instruct import NOT_LISTED, AnswerBatch, list_answers
 from blip2.training.loop import train
 from blip2.training.recipe import Recipe, recipe_from_settings, to_settings
-from blip2.training.state import MODEL, newest_checkpoint
+from blip2.training.state import MODEL, OPTIMIZER, newest_checkpoint
 
-from .tiny_blip2 import COLOURS, build_in, make_parts, tiny_recipe
-from .tiny_run import start_process
+from .tiny_blip2 import COLOURS, build_in, make_parts, tiny_recipe, train_telling
+from .tiny_run import kill_five_times
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +41,7 @@ def with_answers(root, steps: int = 6, *, kinds=(), learning_rate: float = 1e-3,
 
 
 def run(root, run_dir, tell=None):
-    recipe = with_answers(root)
-    job = build_in(root, recipe, run_dir)
-    if tell:
-        quiet = job.batches
-
-        def told(number):
-            tell.send(number)
-            return quiet(number)
-
-        job.batches = told
-    return train(job, recipe, run_dir)
+    return train_telling(root, with_answers(root), run_dir, tell)
 
 
 def test_the_commonest_answers_are_listed_and_ties_go_by_alphabet():
@@ -110,19 +99,11 @@ def test_a_short_list_leaves_the_rarest_answers_out(root, tmp_path):
 
 def test_five_kills_leave_the_bits_of_an_uninterrupted_run(root, tmp_path):
     run(root, tmp_path / "whole")
-    chance = random.Random(3)
-    for _ in range(5):
-        process, listen = start_process(run, root, tmp_path / "killed")
-        try:
-            for _ in range(chance.randrange(1, 3)):
-                listen.recv()
-        except EOFError:
-            pass
-        process.kill()
-        process.join()
+    assert kill_five_times(3, run, root, tmp_path / "killed") >= 3
     assert run(root, tmp_path / "killed").finished
-    whole, killed = (newest_checkpoint(tmp_path / name) / MODEL for name in ("whole", "killed"))
-    assert whole.read_bytes() == killed.read_bytes()
+    whole, killed = (newest_checkpoint(tmp_path / name) for name in ("whole", "killed"))
+    for file in (MODEL, OPTIMIZER):
+        assert (whole / file).read_bytes() == (killed / file).read_bytes()
 
 
 def test_the_classifier_is_not_exported(root, tmp_path):

@@ -13,6 +13,8 @@ from blip2.data.shards import write_manifest, write_split
 from blip2.training.loop import Job, Summary, train
 from blip2.training.recipe import Recipe, recipe_from_settings
 
+from .tiny_run import telling
+
 COLOURS = ("red", "green", "blue", "white", "black", "orange")
 
 
@@ -85,13 +87,12 @@ def build_in(root: Path, recipe: Recipe, run_dir: Path) -> Job:
 def run_blip2(root: Path, stage: str, run_dir: Path, steps: int = 6, tell: Connection | None = None) -> Summary:
     """Trains in this process; `tell` receives the number of each batch as it is read."""
     recipe = tiny_recipe(root, stage, steps)
+    return train_telling(root, recipe, run_dir, tell)
+
+
+def train_telling(root: Path, recipe: Recipe, run_dir: Path, tell: Connection | None = None) -> Summary:
+    """Trains by the recipe in this process; `tell` receives the number of each batch as it is read."""
     job = build_in(root, recipe, run_dir)
     if tell:
-        quiet = job.batches
-
-        def told(number: int):
-            tell.send(number)
-            return quiet(number)
-
-        job.batches = told
+        job.batches = telling(job.batches, tell)
     return train(job, recipe, run_dir)

@@ -1,6 +1,7 @@
 """A run small enough to be killed often: two layers with dropout and drawn negatives, on a mixture of two sources."""
 
 import multiprocessing
+import random
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -82,7 +83,7 @@ def run_tiny(run_dir: Path, overrides: Iterable[str] = (), tell: Connection | No
     recipe = tiny_recipe(*overrides)
     job = tiny_job(recipe)
     if tell:
-        job.batches = _telling(job.batches, tell)
+        job.batches = telling(job.batches, tell)
     return train(job, recipe, run_dir)
 
 
@@ -97,7 +98,26 @@ def start_process(target: Callable, *arguments: Any) -> tuple[multiprocessing.Pr
     return process, listen
 
 
-def _telling(batches: Callable[[int], Any], tell: Connection) -> Callable[[int], Any]:
+def kill_five_times(seed: int | str, target: Callable, *arguments: Any) -> int:
+    """Starts the target in a process of its own and kills it after a batch or two, five times; how often that hit."""
+    chance = random.Random(seed)
+    killed = 0
+    for _ in range(5):
+        process, listen = start_process(target, *arguments)
+        try:
+            for _ in range(chance.randrange(1, 3)):
+                listen.recv()
+        except EOFError:
+            pass
+        process.kill()
+        process.join()
+        killed += process.exitcode == -9
+    return killed
+
+
+def telling(batches: Callable[[int], Any], tell: Connection) -> Callable[[int], Any]:
+    """The same batches; `tell` receives the number of each as it is read."""
+
     def told(index: int) -> Any:
         tell.send(index)
         return batches(index)
