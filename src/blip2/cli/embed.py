@@ -26,7 +26,7 @@ def embed(
     """Write unit vectors of pictures and texts to a NumPy file.
 
     It holds image_paths (B), image_embeds (B, queries, width), texts (C) and text_embeds (C, width). The similarity of
-    a text with a picture is the largest dot product over the picture's queries; mini pools them into one.
+    a text with a picture is the largest dot product over the picture's queries.
     """
     _check_out(out)
     named, texts = _part(items)

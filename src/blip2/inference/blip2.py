@@ -212,7 +212,7 @@ class Blip2:
     def embed_images(self, images: Images) -> np.ndarray:
         """Unit vectors (B, Q, E) of the pictures, one for each query; a text's similarity is that of the best query.
 
-        A model that pools its queries (`query_pooling: mean`, as mini does) gives one vector, (B, 1, E).
+        A model that pools its queries (`query_pooling: mean` or `concat`) gives one vector, (B, 1, E).
         """
         retriever = self.retriever
         rows, _ = _rows(images)
