@@ -74,6 +74,11 @@ def test_options_of_decoding_reach_the_model(run, folder, tiny, model):
     assert result.out == said(model.caption(path, "this is", num_beams=3, max_new_tokens=5)) + "\n"
 
 
+def test_captions_are_chosen_among_several(run, folder, tiny, model):
+    result = run("caption", GOOD[0], "-m", tiny, "--best-of", 6)
+    assert result.out == said(model.caption(GOOD[0], best_of=6)) + "\n"
+
+
 def test_ask_answers_freely_or_from_a_list(run, folder, tiny, model):
     free = run("ask", GOOD[0], "what is this ?", "-m", tiny)
     assert free.out == said(model.ask(GOOD[0], "what is this ?")) + "\n"

@@ -9,7 +9,7 @@ from blip2.errors import MissingFile, UserError
 from blip2.evaluation.benchmarks.open_pairs import TASKS, caption_metrics, prior_metrics, run, spread
 from blip2.evaluation.encoding import encode, encode_pooled
 from blip2.evaluation.matching import match_pairs, similarity_matrix
-from blip2.evaluation.speaking import Asked, answer_all, answer_blind, caption_all
+from blip2.evaluation.speaking import Asked, answer_all, answer_blind, caption_all, caption_choosing
 from blip2.evaluation.vqa import AnswerPrior
 from blip2.model.stage1 import Text
 
@@ -97,6 +97,14 @@ def test_captions_are_those_of_blip2_caption(model, samples, features):
     exact = model.image_features([sample.image for sample in samples])
     again = caption_all(model.generator, exact, prompts.caption, prompts.caption_instruction, silent)
     assert again == model.caption([sample.image for sample in samples], max_new_tokens=30)
+
+
+def test_chosen_captions_are_those_of_blip2_caption(model, samples):
+    images = [sample.image for sample in samples]
+    features, prompts = model.image_features(images), model.settings.prompts
+    told = (prompts.caption, prompts.caption_instruction, silent)
+    said = caption_choosing(model.generator, model.retriever, 3, features, *told, batch_size=4)
+    assert said == model.caption(images, best_of=3, max_new_tokens=30)
 
 
 def test_answers_come_in_the_order_of_the_questions(model, samples):

@@ -1,5 +1,7 @@
 """A loaded model answers a row the same way alone and among others, whole and in pieces."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from PIL import Image
 
 import blip2
 from blip2.errors import MissingPart, UserError
+from blip2.inference.decoding import make_candidates
 
 from .tiny_model import make_tiny_model
 
@@ -52,6 +55,37 @@ def test_every_kind_of_source_gives_the_same_caption(model, images, tmp_path):
     images[0].save(path)
     sources = [path, str(path), path.read_bytes(), images[0], np.asarray(images[0])]
     assert len(set(model.caption(sources))) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"sample": True, "temperature": 2.0}, {"num_beams": 7}])
+def test_of_several_captions_the_most_similar_is_given(model, images, options):
+    torch.manual_seed(0)
+    chosen = model.caption(images, best_of=5, max_new_tokens=8, **options)
+    torch.manual_seed(0)
+    decoding = make_candidates({"max_new_tokens": 8, **options}, 5)
+    prompts = model.settings.prompts
+    for image, given in zip(images, chosen, strict=True):
+        if "sample" in options:  # the draws of a batch are others than those of a row
+            torch.manual_seed(0)
+            given = model.caption(image, best_of=5, max_new_tokens=8, **options)
+            torch.manual_seed(0)
+        features = model.image_features(image)
+        (made,) = model.generator.propose(features, [prompts.caption], [prompts.caption_instruction], decoding)
+        similarity = [match.itc for match in model.match(image, made)]
+        assert len(set(made)) > 1 and given == made[int(np.argmax(similarity))]
+    assert set(chosen) != set(model.caption(images, max_new_tokens=8))  # the choice is not the first
+
+
+def test_a_model_that_chooses_its_captions_does_so_unless_told_otherwise(model, images):
+    best, plain = model.caption(images, best_of=4), model.caption(images)
+    settings = model.settings
+    model.settings = replace(settings, caption_best_of=4)
+    try:
+        assert model.caption(images) == best
+        assert model.caption(images, best_of=1) == plain
+        assert model.caption(images, num_beams=2) == model.caption(images, best_of=1, num_beams=2)
+    finally:
+        model.settings = settings
 
 
 def test_the_prompt_and_the_question_change_what_is_said(model, images):
@@ -163,6 +197,7 @@ def test_text_longer_than_the_qformer_reads_is_cut(model):
         (lambda model, image: model.caption(image, sample=True, top_p=1.5), "top_p is 1.5"),
         (lambda model, image: model.caption(image, max_new_tokens=0), "max_new_tokens is 0"),
         (lambda model, image: model.caption(image, min_new_tokens=99), "min_new_tokens is 99"),
+        (lambda model, image: model.caption(image, best_of=0), "best_of is 0; it must lie between 1 and 64"),
         (lambda model, image: model.caption(image, beams=2), "No option of decoding is called beams"),
         (lambda model, image: model.stream(image, num_beams=2), "cannot be streamed"),
         (lambda model, image: model.match(image, []), "The list is empty"),
@@ -178,6 +213,7 @@ def test_what_makes_no_sense_is_refused(model, images, use, message):
     [
         (("stage1",), lambda model, image: model.caption(image), "so it cannot caption and answer"),
         (("stage1",), lambda model, image: model.chat(image), "so it cannot caption and answer"),
+        (("generation",), lambda model, image: model.caption(image, best_of=2), "so it cannot embed and match"),
         (("generation",), lambda model, image: model.match(image, "a"), "so it cannot embed and match"),
         (("generation",), lambda model, image: model.embed_texts("a"), r"`blip2 info` lists the models"),
     ],

@@ -98,7 +98,7 @@ def test_an_exported_model_says_what_the_trained_one_would(root, tmp_path):
 
     run_blip2(root, "stage1", tmp_path / "s1", steps=2)
     run_blip2(root, "instruct", tmp_path / "i", steps=2)
-    export(tmp_path / "model", "tiny", stage1=tmp_path / "s1", generation=tmp_path / "i")
+    export(tmp_path / "model", "tiny", stage1=tmp_path / "s1", generation=tmp_path / "i", caption_best_of=3)
     model = blip2.load(tmp_path / "model")
     image = root / "cup.png"
     from .tiny_blip2 import picture
@@ -106,6 +106,9 @@ def test_an_exported_model_says_what_the_trained_one_would(root, tmp_path):
     image.write_bytes(picture(0).image)
     assert isinstance(model.ask(image, "what colour is the cup?"), str)
     assert len(model.match(image, ["a red cup left", "a blue cup right"])) == 2
+    assert model.settings.caption_best_of == 3 and model.caption(image) == model.caption(image, best_of=3)
+    with pytest.raises(BadRecipe, match="takes both parts"):
+        export(tmp_path / "other", "tiny", generation=tmp_path / "i", caption_best_of=3)
     with pytest.raises(BadRecipe, match="stage1"):
         export(tmp_path / "other", "tiny", generation=tmp_path / "s1")
 

@@ -78,6 +78,7 @@ class ModelSettings:
         instruction_aware: whether the generating part's Q-Former reads the instruction.
         max_text_tokens: how many tokens of a text the Q-Former reads.
         prompts: see Prompts.
+        caption_best_of: how many captions are made, of which the retrieval part chooses one; 1 = no choice.
         from_text_init: parameters that are taken from the text initialisation and not stored.
         parts: filled when the folder is written.
         notes: free: data, recipes, seeds, figures, licence.
@@ -94,6 +95,7 @@ class ModelSettings:
     language: FrozenPart | None = None
     instruction_aware: bool = False
     max_text_tokens: int = 32
+    caption_best_of: int = 1
     from_text_init: tuple[str, ...] = ()
     parts: dict[str, PartFile] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)

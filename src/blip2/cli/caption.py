@@ -7,7 +7,7 @@ import typer
 
 from blip2.cli import inputs as pictures
 from blip2.cli import options
-from blip2.cli.models import open_model
+from blip2.cli.models import captioning_parts, open_model
 from blip2.cli.output import ResultWriter, answer_all, is_bare
 
 
@@ -16,6 +16,12 @@ def caption(
     model: options.Model = "mini",
     prompt: Annotated[
         str | None, typer.Option(help='What the caption continues, such as "a photo of"; by default the model\'s own.')
+    ] = None,
+    best_of: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=64, help="Make so many captions and give the one most similar to the picture; mini: 8."
+        ),
     ] = None,
     beams: options.Beams = None,
     sample: options.Sample = False,
@@ -36,10 +42,10 @@ def caption(
 
     @cache  # opened once there is a picture to caption
     def opened() -> Any:
-        return open_model(model, "generation", device=device, quiet=quiet)
+        return open_model(model, *captioning_parts(model, best_of, chosen), device=device, quiet=quiet)
 
     def answer(images: list[Any]) -> list[dict[str, Any]]:
-        return [{"caption": text} for text in opened().caption(images, prompt, **chosen)]
+        return [{"caption": text} for text in opened().caption(images, prompt, best_of=best_of, **chosen)]
 
     writer = ResultWriter("caption", as_json=json, is_bare=is_bare(found))
     raise typer.Exit(answer_all(found, answer, writer, batch_size=batch_size, quiet=quiet))

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from blip2.cli import options
-from blip2.cli.models import open_model
+from blip2.cli.models import captioning_parts, open_model
 from blip2.cli.output import note, printable
 from blip2.errors import BadData, MissingFile
 
@@ -73,7 +73,7 @@ def demo(
     from blip2.cli.demo_page import demo_page
 
     examples = read_pictures(pictures)
-    opened = open_model(model, "generation", device=device, quiet=quiet)
+    opened = open_model(model, *captioning_parts(model), device=device, quiet=quiet)
     shown = []
     for example in examples:
         shown.append(look(opened, example))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from blip2.cli import options
-from blip2.cli.models import open_model
+from blip2.cli.models import captioning_parts, open_model
 from blip2.cli.output import note
 from blip2.errors import MissingPart
 
@@ -91,14 +91,8 @@ def _possible_tasks(model: str, asked: list[str] | None, *, quiet: bool) -> list
 def _open(model: str, tasks: list[str], **options: Any) -> "Blip2":
     """The model with the parts that the tasks need."""
     from blip2.evaluation.benchmarks.open_pairs import TASKS
-    from blip2.inference.blip2 import Blip2
 
     parts = {part for name, part in TASKS.items() if part is not None and name in tasks}
-    opened = {part: open_model(model, part, **options) for part in sorted(parts) or ["stage1"]}
-    first = next(iter(opened.values()))
-    return Blip2(
-        first.settings,
-        first.vision_model,
-        retriever=opened["stage1"].retriever if "stage1" in opened else None,
-        generator=opened["generation"].generator if "generation" in opened else None,
-    )
+    if "captions" in tasks:
+        parts |= {*captioning_parts(model)}
+    return open_model(model, *(sorted(parts) or ["stage1"]), **options)

@@ -5,6 +5,7 @@ What the model needs of the registries is fetched before, once, and shown while 
 
 import sys
 import warnings
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from blip2.errors import UserError
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
     from blip2.inference.blip2 import Blip2
 
 
-def open_model(name: str, part: str, *, device: str = "auto", quiet: bool = False) -> "Blip2":
-    """The model with one part loaded, "stage1" or "generation"; only that part costs time and memory."""
+def open_model(name: str, *parts: str, device: str = "auto", quiet: bool = False) -> "Blip2":
+    """The model with the parts named loaded, "stage1" or "generation"; only those cost time and memory."""
     import torch
     from transformers.utils import logging
 
@@ -24,8 +25,25 @@ def open_model(name: str, part: str, *, device: str = "auto", quiet: bool = Fals
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     place = _device(device, torch.cuda.device_count())
-    _fetch_frozen(name, part, quiet=quiet)
-    return load(name, place, parts=[part])
+    _fetch_frozen(name, parts, quiet=quiet)
+    return load(name, place, parts=parts)
+
+
+def captioning_parts(name: str, best_of: int | None = None, chosen: Collection[str] = ()) -> list[str]:
+    """The parts that captions of this model take: stage 1 too where it chooses among several.
+
+    Args:
+        name: of the model.
+        best_of: as in `Blip2.caption`.
+        chosen: names of the options of decoding that were given.
+    """
+    from blip2.checkpoints.native import read_settings
+    from blip2.inference.decoding import default_best_of
+    from blip2.inference.loading import find_model
+
+    own = read_settings(find_model(name)).caption_best_of
+    count = default_best_of(own, chosen) if best_of is None else best_of
+    return ["generation", "stage1"] if count > 1 else ["generation"]
 
 
 def _device(asked: str, num_gpus: int) -> str:
@@ -38,14 +56,14 @@ def _device(asked: str, num_gpus: int) -> str:
     return asked
 
 
-def _fetch_frozen(name: str, part: str, *, quiet: bool) -> None:
+def _fetch_frozen(name: str, parts: Sequence[str], *, quiet: bool) -> None:
     """Brings the packages of the frozen parts that are not here yet."""
     from blip2 import paths, registry
     from blip2.checkpoints.native import read_settings
     from blip2.inference.loading import find_model
 
     settings = read_settings(find_model(name))
-    needed = [settings.vision, settings.text_init, settings.language if part == "generation" else None]
+    needed = [settings.vision, settings.text_init, settings.language if "generation" in parts else None]
     for key in [frozen.name for frozen in needed if frozen is not None and frozen.name in registry.PACKAGES]:
         is_unpacked = (paths.models_dir() / key).is_dir()
         if not is_unpacked and not (paths.packages_dir() / registry.PACKAGES[key].filename).is_file():

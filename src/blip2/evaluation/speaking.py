@@ -1,4 +1,4 @@
-"""A generating model over whole sets: captions and answers in batches, greedily; and what it says without seeing."""
+"""A generating model over whole sets: captions and answers in batches; and what it says without seeing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,9 @@ from torch import Tensor
 from blip2.data.sample import Question
 from blip2.evaluation.encoding import Progress, Say
 from blip2.evaluation.vqa import Answered
+from blip2.inference.decoding import make_candidates
 from blip2.inference.generation import Generator
+from blip2.inference.retrieval import Retriever
 from blip2.model.language import Decoding
 from blip2.preprocessing.prompts import question_prompt
 
@@ -35,6 +37,30 @@ def caption_all(
     for features in image_features.split(batch_size):
         count = len(features)
         captions += generator.speak(features.to(device), [prompt] * count, [instruction] * count, CAPTION_DECODING)
+        progress.add(count)
+    return captions
+
+
+def caption_choosing(
+    generator: Generator,
+    retriever: Retriever,
+    best_of: int,
+    image_features: Tensor,
+    prompt: str,
+    instruction: str,
+    say: Say,
+    *,
+    batch_size: int = 64,
+) -> list[str]:
+    """A caption for each of the image features (P, N, Dv), the most similar of `best_of` as in `Blip2.caption`."""
+    device = _device(generator)
+    decoding = make_candidates({"max_new_tokens": CAPTION_DECODING.max_new_tokens}, best_of)
+    progress = Progress(say, f"captions, best of {best_of}", len(image_features))
+    captions: list[str] = []
+    for some in image_features.split(max(1, batch_size // best_of)):
+        features, count = some.to(device), len(some)
+        proposed = generator.propose(features, [prompt] * count, [instruction] * count, decoding)
+        captions += retriever.best_fitting(features, proposed)
         progress.add(count)
     return captions
 

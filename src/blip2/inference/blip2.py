@@ -17,7 +17,13 @@ from blip2.checkpoints.native import PARTS, ModelSettings
 from blip2.errors import MissingPart, UserError
 from blip2.inference.answers import RankedAnswer, rank
 from blip2.inference.chat import Conversation
-from blip2.inference.decoding import DecodingOptions, make_decoding, make_streamable
+from blip2.inference.decoding import (
+    DecodingOptions,
+    default_best_of,
+    make_candidates,
+    make_decoding,
+    make_streamable,
+)
 from blip2.inference.generation import Generator
 from blip2.inference.retrieval import Match, Retriever
 from blip2.model.vision import ImageEncoder
@@ -79,26 +85,63 @@ class Blip2:
 
     # -- text from pictures ---------------------------------------------------------------------------------------
     @overload
-    def caption(self, images: ImageSource, prompt: str | None = None, **options: Unpack[DecodingOptions]) -> str: ...
+    def caption(
+        self,
+        images: ImageSource,
+        prompt: str | None = None,
+        *,
+        best_of: int | None = None,
+        **options: Unpack[DecodingOptions],
+    ) -> str: ...
     @overload
     def caption(
-        self, images: Sequence[ImageSource], prompt: str | None = None, **options: Unpack[DecodingOptions]
+        self,
+        images: Sequence[ImageSource],
+        prompt: str | None = None,
+        *,
+        best_of: int | None = None,
+        **options: Unpack[DecodingOptions],
     ) -> list[str]: ...
-    def caption(self, images: Images, prompt: str | None = None, **options: Unpack[DecodingOptions]) -> str | list[str]:
+    def caption(
+        self,
+        images: Images,
+        prompt: str | None = None,
+        *,
+        best_of: int | None = None,
+        **options: Unpack[DecodingOptions],
+    ) -> str | list[str]:
         """What the picture shows.
 
         Args:
             images: one image or a list.
             prompt: what the caption continues ("a photo of"); the model's own where it is None, nothing where "".
+            best_of: how many captions are made (beams, or draws with `sample`), of which the retrieval part chooses
+                the one most similar to the picture. None: as the model's settings say, but 1 beside `num_beams` or
+                `sample`, and where the retrieval part is not loaded.
             options: see `DecodingOptions`.
 
         Returns:
             The caption without the prompt, or a list of them.
+
+        Raises:
+            MissingPart: best_of above 1 without the retrieval part.
         """
         rows, is_one = _rows(images)
         prompts = self.settings.prompts
         chosen = prompts.caption if prompt is None else prompt
-        return _in_kind(self.generate(rows, chosen, prompts.caption_instruction, **options), is_one)
+        if best_of is None:
+            own = self.settings.caption_best_of if self._retriever is not None else 1
+            best_of = default_best_of(own, options)
+        if best_of == 1:
+            return _in_kind(self.generate(rows, chosen, prompts.caption_instruction, **options), is_one)
+        generator, retriever, decoding = self.generator, self.retriever, make_candidates(options, best_of)
+        captions: list[str] = []
+        for some in self._batches(len(rows)):
+            features = self.image_features(rows[some])
+            told = [prompts.caption_instruction] * len(features)
+            proposed = generator.propose(features, [chosen] * len(features), told, decoding)
+            captions += retriever.best_fitting(features, proposed)
+        return _in_kind(captions, is_one)
 
     @overload
     def ask(

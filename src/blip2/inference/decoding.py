@@ -3,6 +3,8 @@
 greedy (default)   num_beams=5   sample=True, top_p=0.9, temperature=0.7
 """
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import TypedDict
 
 from blip2.errors import UserError
@@ -55,6 +57,32 @@ def make_decoding(options: DecodingOptions) -> Decoding:
     decoding = Decoding(do_sample=sample, **drawn)  # pyright: ignore[reportArgumentType]
     _check_range("min_new_tokens", decoding.min_new_tokens, 0, decoding.max_new_tokens)
     return decoding
+
+
+def default_best_of(own: int, chosen: Collection[str]) -> int:
+    """How many captions are made where the caller does not say: a model's own number, but 1 where `num_beams` or
+    `sample` is among the options chosen, which are ways of their own."""
+    return own if {"num_beams", "sample"}.isdisjoint(chosen) else 1
+
+
+def make_candidates(options: DecodingOptions, count: int) -> Decoding:
+    """The decoding of `count` texts instead of one: as many beams at least or, with `sample`, as many draws.
+
+    Without a `length_penalty` the beams are those of the greatest probability, not of the greatest per token.
+
+    Raises:
+        UserError: as `make_decoding`, or a count out of range.
+    """
+    _check_range("best_of", count, 1, 64)
+    decoding = make_decoding(options)
+    if count == 1 or decoding.do_sample:
+        return replace(decoding, num_return_sequences=count)
+    return replace(
+        decoding,
+        num_return_sequences=count,
+        num_beams=max(count, decoding.num_beams),
+        length_penalty=options.get("length_penalty", 0.0),
+    )
 
 
 def make_streamable(options: DecodingOptions) -> Decoding:

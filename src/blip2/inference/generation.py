@@ -79,6 +79,18 @@ class Generator:
         )  # (B, T)
         return self.tokenizer.decode(new_ids)
 
+    def propose(
+        self, image_features: Tensor, prompts: Sequence[str], instructions: Sequence[str], decoding: Decoding
+    ) -> list[list[str]]:
+        """Several texts after each picture and prompt; arguments as in `speak`.
+
+        Returns:
+            B lists of `decoding.num_return_sequences` texts, the likeliest first where they come of beam search.
+        """
+        count = decoding.num_return_sequences
+        texts = self.speak(image_features, prompts, instructions, decoding)
+        return [texts[i : i + count] for i in range(0, len(texts), count)]
+
     def stream(self, image_features: Tensor, prompt: str, instruction: str, decoding: Decoding) -> Iterator[str]:
         """The text after one picture (1, N, Dv) and prompt, in pieces as they are made."""
         stream = TokenStream(self.tokenizer.decode)

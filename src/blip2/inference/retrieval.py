@@ -67,6 +67,21 @@ class Retriever:
         itm = logits.float().softmax(dim=-1)[:, 1]  # (C,)
         return [Match(*row) for row in zip(texts, itc.tolist(), itm.tolist(), strict=True)]
 
+    @torch.inference_mode()
+    def best_fitting(self, image_features: Tensor, texts: Sequence[Sequence[str]]) -> list[str]:
+        """Of every picture's own texts the most similar one by ITC; of equal ones the first.
+
+        Args:
+            image_features: (B, N, Dv).
+            texts: B lists, none of them empty.
+        """
+        image_embeds = self.embed_images(image_features)  # (B, Q, E)
+        text_embeds = self.embed_texts([text for row in texts for text in row])  # (all, E)
+        chosen = []
+        for queries, row, own in zip(image_embeds, texts, text_embeds.split([len(row) for row in texts]), strict=True):
+            chosen.append(row[int((own @ queries.T).amax(dim=1).argmax())])
+        return chosen
+
     def _tokenise(self, texts: Sequence[str]) -> Text:
         batch = self.tokenizer.encode(texts, self.max_text_tokens).to(self.model.query_tokens.device)
         return Text(batch.input_ids, batch.attention_mask)

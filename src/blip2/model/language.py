@@ -28,6 +28,7 @@ class Decoding:
     temperature: float = 1.0
     repetition_penalty: float = 1.0
     length_penalty: float = 1.0
+    num_return_sequences: int = 1
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `generate`; those that only sampling or only beams use are left out otherwise."""
@@ -43,6 +44,8 @@ class Decoding:
             chosen |= {"top_p": self.top_p, "temperature": self.temperature, "top_k": 0}
         if self.num_beams > 1:
             chosen["length_penalty"] = self.length_penalty
+        if self.num_return_sequences > 1:
+            chosen["num_return_sequences"] = self.num_return_sequences
         return chosen
 
 
@@ -136,7 +139,10 @@ class DecoderLM(_FrozenLM):
         streamer: Any = None,
         stop: Callable | None = None,
     ) -> Tensor:
-        """New token ids (B, T'), padded on the right, after [visual prompt | prompt] (prompt padded on the left)."""
+        """New token ids (B, T'), padded on the right, after [visual prompt | prompt] (prompt padded on the left).
+
+        With R = `decoding.num_return_sequences` above 1 there are B * R rows, those of a prompt side by side.
+        """
         visual = visual_prompt.to(self.model.dtype)
         embeds, mask = _pad_left_of_all(visual, self.embed(prompt_ids), prompt_mask)
         return self._generate(embeds, mask, decoding, streamer, stop)

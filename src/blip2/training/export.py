@@ -29,7 +29,12 @@ SHARED = (
 
 
 def export(
-    folder: Path, name: str, *, stage1: Path | None = None, generation: Path | None = None
+    folder: Path,
+    name: str,
+    *,
+    stage1: Path | None = None,
+    generation: Path | None = None,
+    caption_best_of: int = 1,
 ) -> native.ModelSettings:
     """Writes a model folder from one run or two.
 
@@ -38,21 +43,25 @@ def export(
         name: what the model is called.
         stage1: run or checkpoint of stage 1, which can embed and match.
         generation: run or checkpoint of stage 2 or instruct, which can caption and answer.
+        caption_best_of: how many captions the model makes where nobody says, for the retrieval part to choose one.
 
     Raises:
-        BadRecipe: no run is given, a run is of the wrong stage, or the two differ in what they share.
+        BadRecipe: no run is given, a choice of captions without both, a run is of the wrong stage, or the two differ
+            in what they share.
         MissingFile: a path that holds no complete checkpoint.
     """
     runs = {part: _read(path, part) for part, path in (("stage1", stage1), ("generation", generation)) if path}
     if not runs:
         raise BadRecipe("There is nothing to export: give a run of stage 1, of stage 2 or instruct, or both.")
+    if caption_best_of > 1 and len(runs) < 2:
+        raise BadRecipe("To choose among captions takes both parts: give a run of stage 1 and one of generation.")
     recipes = [recipe for recipe, _ in runs.values()]
     _check_alike(recipes)
     taken = (WORD_EMBEDDINGS,) if recipes[0].model.freeze_word_embeddings else ()
     settings = _settings(name, recipes[-1], taken)
     notes: dict[str, Any] = {"recipes": {part: to_settings(recipe) for part, (recipe, _) in runs.items()}}
     parts = {part: {k: v for k, v in weights.items() if k not in taken} for part, (_, weights) in runs.items()}
-    return native.save_model_folder(folder, replace(settings, notes=notes), parts)
+    return native.save_model_folder(folder, replace(settings, notes=notes, caption_best_of=caption_best_of), parts)
 
 
 def _read(path: Path, part: str) -> tuple[Recipe, dict[str, Tensor]]:

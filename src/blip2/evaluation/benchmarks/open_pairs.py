@@ -1,7 +1,7 @@
 """The open set's benchmark: what a model does with pictures and scenes that training kept away from it.
 
 retrieval    Twemoji (a style never trained on) and the held-out concepts: by ITC, and re-ranked by ITM
-captions     Twemoji pictures: is the right noun named
+captions     Twemoji pictures: is the right noun named; greedy, and chosen among several where the model does so
 vqa          new scenes, new pairs of nouns; blind (visual prompt zeroed) and shuffled (the picture of another scene)
 easy_vqa     the official test split of easy-VQA, and blind
 baselines    nearest neighbour and ridge regression on the same frozen features
@@ -31,7 +31,7 @@ from blip2.evaluation import baselines, nouns, retrieval
 from blip2.evaluation.captions import bleu, cider_d, rouge_l
 from blip2.evaluation.encoding import Say, encode, encode_pooled, pool
 from blip2.evaluation.matching import match_pairs, similarity_matrix
-from blip2.evaluation.speaking import Asked, answer_all, answer_blind, caption_all
+from blip2.evaluation.speaking import Asked, answer_all, answer_blind, caption_all, caption_choosing
 from blip2.evaluation.vqa import Answered, AnswerPrior, accuracy, accuracy_by_kind
 from blip2.inference.blip2 import Blip2
 
@@ -215,18 +215,17 @@ class _Benchmark:
 
     # -- captions -------------------------------------------------------------------------------------------------
     def captions(self) -> None:
-        """Captions of the held-out style against its labels."""
-        pictures, prompts = self.pictures(STYLE), self.model.settings.prompts
+        """Captions of the held-out style against its labels: greedy ones, and the model's own where it chooses."""
+        pictures, settings = self.pictures(STYLE), self.model.settings
         chosen = spread(len(pictures.samples), self.spoken)
-        said = caption_all(
-            self.model.generator,
-            pictures.features[chosen],
-            prompts.caption,
-            prompts.caption_instruction,
-            self.say,
-            batch_size=self.batch_size,
-        )
-        metrics = caption_metrics(said, [pictures.samples[i].captions for i in chosen])
+        features, labels = pictures.features[chosen], [pictures.samples[i].captions for i in chosen]
+        told = (settings.prompts.caption, settings.prompts.caption_instruction, self.say)
+        greedy = caption_all(self.model.generator, features, *told, batch_size=self.batch_size)
+        metrics = caption_metrics(greedy, labels)
+        metrics |= {f"greedy_{name}": metrics[name] for name in ("noun_accuracy", "exact", "cider")}
+        if settings.caption_best_of > 1:
+            parts = (self.model.generator, self.model.retriever, settings.caption_best_of)
+            metrics |= caption_metrics(caption_choosing(*parts, features, *told, batch_size=self.batch_size), labels)
         self.results.add(f"captions/{STYLE}", metrics, used=len(chosen), total=pictures.total)
 
     # -- questions ------------------------------------------------------------------------------------------------
