@@ -73,6 +73,16 @@ def test_captions_are_split_for_an_encoder_decoder_language_model_in_stage_2(tmp
     assert (len(read) > 1) == is_split  # prefixes differ, the prompt for captions does not
 
 
+def test_neighbours_bring_samples_of_near_captions_the_same_at_every_call(root, tmp_path):
+    plain = tiny_recipe(root, "stage1")
+    data = dataclasses.replace(plain.data, neighbour_share=0.9)
+    reader = build_in(root, dataclasses.replace(plain, data=data), tmp_path).batches.reader
+    drawn = [item.sample.id for item in reader.items(0, 200)]
+    assert drawn == [item.sample.id for position in range(200) for item in reader.items(position, 1)]
+    by_chance = [item.sample.id for item in build_in(root, plain, tmp_path).batches.reader.items(0, 200)]
+    assert 100 < sum(a != b for a, b in zip(drawn, by_chance, strict=True)) < 190
+
+
 def test_stage_2_starts_from_the_queries_of_stage_1(root, tmp_path):
     run_blip2(root, "stage1", tmp_path / "first", steps=2)
     recipe = tiny_recipe(root, "instruct", init_from=str(tmp_path / "first"))

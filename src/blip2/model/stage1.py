@@ -148,15 +148,17 @@ class Blip2Stage1(nn.Module):
 
     def embed_texts(self, text: Text) -> Tensor:
         """ITC features of texts: (B, E) of unit length."""
+        return F.normalize(self.text_projection(self.pool_texts(text)).float(), dim=-1)
+
+    def pool_texts(self, text: Text) -> Tensor:
+        """Texts as one vector each, (B, D), before the projection of ITC."""
         mask = text.attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
         hidden = self.qformer(text=self.embeddings(text.input_ids), mask=mask).text
         assert hidden is not None
         if self.config.text_pooling == "cls":
-            pooled = hidden[:, 0]
-        else:
-            weights = text.attention_mask.to(hidden.dtype)[..., None]
-            pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
-        return F.normalize(self.text_projection(pooled).float(), dim=-1)
+            return hidden[:, 0]
+        weights = text.attention_mask.to(hidden.dtype)[..., None]
+        return (hidden * weights).sum(dim=1) / weights.sum(dim=1)
 
     def match(self, image_features: Tensor, text: Text) -> Tensor:
         """ITM logits (B, 2) of image b with text b."""

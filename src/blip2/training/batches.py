@@ -5,14 +5,15 @@ positions of batch i -> data/order.py -> (source, sample) -> features of a view 
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from blip2.data.features import FeatureCache
-from blip2.data.order import mixture_draw
+from blip2.data.neighbours import Neighbours
+from blip2.data.order import Draw, mixture_draw
 from blip2.data.sample import Question, Sample
 from blip2.model.stage1 import Text
 from blip2.objectives.language_modeling import split_caption
@@ -34,6 +35,7 @@ class Source:
         num_views: cached views of a picture.
         weight: share in the mixture.
         questions: (sample, question) pairs when the task is answering, else None.
+        neighbours: samples of near captions; None where none are drawn.
     """
 
     samples: Sequence[Sample]
@@ -41,6 +43,7 @@ class Source:
     num_views: int
     weight: float
     questions: Sequence[tuple[int, Question]] | None = None
+    neighbours: Neighbours | None = None
 
     def __len__(self) -> int:
         return len(self.samples) if self.questions is None else len(self.questions)
@@ -63,6 +66,7 @@ class ItemReader:
         self.sources = sources
         self.seed = seed
         self.image_token_share = data.image_token_share
+        self.neighbour_share = data.neighbour_share
         self._weights = [source.weight for source in sources]
         self._sizes = [len(source) for source in sources]
 
@@ -72,8 +76,10 @@ class ItemReader:
 
     def _item(self, position: int) -> Item:
         draw = mixture_draw(self.seed, position, self._weights, self._sizes)
-        source = self.sources[draw.source]
         rng = np.random.default_rng([self.seed, 1, position])
+        if self.neighbour_share and position and rng.random() < self.neighbour_share:
+            draw = self._beside(position - 1, rng) or draw
+        source = self.sources[draw.source]
         index, question = (draw.index, None) if source.questions is None else source.questions[draw.index]
         view = int(rng.integers(source.num_views))
         features = source.features.read(index * source.num_views + view)  # (N, Dv)
@@ -81,6 +87,12 @@ class ItemReader:
             kept = max(1, round(len(features) * self.image_token_share))
             features = features[np.sort(rng.permutation(len(features))[:kept])]
         return Item(source.samples[index], features, question, rng)
+
+    def _beside(self, position: int, rng: np.random.Generator) -> Draw | None:
+        """A neighbour of the sample that stands at a position of the mixture; None where its source has none."""
+        before = mixture_draw(self.seed, position, self._weights, self._sizes)
+        neighbours = self.sources[before.source].neighbours
+        return replace(before, index=neighbours.draw(before.index, rng)) if neighbours is not None else None
 
 
 class Stage1Batches:
@@ -210,9 +222,14 @@ def as_text(batch: TextBatch) -> Text:
     return Text(batch.input_ids, batch.attention_mask)
 
 
+def group_name(sample: Sample) -> str:
+    """What samples that are no negatives of each other have in common: the concept or, without one, the caption."""
+    return (sample.concept or sample.captions[0]).casefold()
+
+
 def groups(samples: Sequence[Sample]) -> Tensor:
     """(B,) numbers, equal where the concept or, without one, the first caption is: such pairs are no negatives."""
-    names = [(sample.concept or sample.captions[0]).casefold() for sample in samples]
+    names = [group_name(sample) for sample in samples]
     numbers = [int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big") for name in names]
     return torch.tensor(numbers, dtype=torch.long)
 

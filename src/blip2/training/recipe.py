@@ -100,6 +100,9 @@ class DataSection:
     """Splits that evaluations during the run look at."""
     question_share: Share = 0.0
     """Share of the samples with questions whose caption loss (ITG) reads a question and its answer (stage 1)."""
+    neighbour_share: Share = 0.0
+    """Share of the samples of caption sources that are taken among the nearest neighbours, by text_init, of the caption
+    before them: a batch then holds negatives that are hard to tell apart (stage 1, not in the paper)."""
     tag_share: Share = 0.0
     """Share of the captions that are followed by the picture's tags, where it has tags (stage 1)."""
     image_token_share: Annotated[float, Field(gt=0, le=1)] = 1.0
