@@ -23,6 +23,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -50,6 +51,8 @@ VISION_CLASSES = {
     "clip_vision_model": "CLIPVisionModel",
     "blip-2": "Blip2VisionModel",
     "blip_2_vision_model": "Blip2VisionModel",
+    "instructblip": "InstructBlipVisionModel",
+    "instructblip_vision_model": "InstructBlipVisionModel",
     "siglip": "SiglipVisionModel",
     "siglip_vision_model": "SiglipVisionModel",
     "dinov2": "Dinov2Model",
@@ -57,10 +60,10 @@ VISION_CLASSES = {
     "vit": "ViTModel",
 }
 # What from_pretrained must be told besides.
+_OF_VISION, _OF_LANGUAGE = {r"^vision_model\.": ""}, {r"^language_model\.": ""}
 LOADING_ARGUMENTS = {
-    "blip-2": {
-        "key_mapping": {r"^vision_model\.": ""}
-    },  # transformers finds the vision half of CLIP and SigLIP unasked
+    "blip-2": {"key_mapping": _OF_VISION},  # transformers finds the vision half of CLIP and SigLIP unasked
+    "instructblip": {"key_mapping": _OF_VISION},
     "vit": {"add_pooling_layer": False},  # few checkpoints hold ViT's pooler, and we use none
 }
 # What is fetched of a hub model: never a pickle, never a script.
@@ -113,7 +116,8 @@ def load_language(
     """The frozen language model of that name and its tokenizer.
 
     Args:
-        name_or_path: a name in LANGUAGE, a Hugging Face folder or a hub name, of a decoder or an encoder-decoder.
+        name_or_path: a name in LANGUAGE, a Hugging Face folder or a hub name, of a decoder or an encoder-decoder; of
+            BLIP-2 or InstructBLIP it is the language model within.
         dtype: of its weights.
 
     Returns:
@@ -124,9 +128,12 @@ def load_language(
         Untrusted: its weights are pickles, or it needs code of its own.
     """
     folder = LANGUAGE[name_or_path]() if name_or_path in LANGUAGE else _local_folder(name_or_path, LANGUAGE)
-    config = _config(folder, name_or_path)
+    config, arguments = read_config(folder, name_or_path), {}
+    if config.model_type in ("blip-2", "instructblip"):  # the language model within it
+        config = config.text_config
+        arguments = {"config": config, "key_mapping": _OF_LANGUAGE}
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = _from_pretrained(auto_class, folder, dtype)
+    model = _from_pretrained(auto_class, folder, dtype, **arguments)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return model, tokenizer
 
@@ -142,10 +149,10 @@ def load_text_init(name_or_path: str) -> TextInit:
         Untrusted: its weights are pickles.
     """
     folder = TEXT_INIT[name_or_path]() if name_or_path in TEXT_INIT else _local_folder(name_or_path, TEXT_INIT)
-    config = _config(folder, name_or_path)
+    config = read_config(folder, name_or_path)
     if not isinstance(config, BertConfig):
         raise UnknownModel(f"{name_or_path} is a {config.model_type}, and a Q-Former can start from a BERT only.")
-    _require_safetensors(folder)
+    require_safetensors(folder)
     weights = load_file(folder / "model.safetensors")
     state_dict = {_bert_name(name): tensor.float() for name, tensor in weights.items() if "position_ids" not in name}
     tokenizer_files = [folder / name for name in ("tokenizer.json", "vocab.txt") if (folder / name).is_file()]
@@ -250,7 +257,7 @@ def _hugging_face_vision(
     name: str, dtype: torch.dtype, *, image_size: int | None, drop_last_layer: bool | None
 ) -> ImageEncoder:
     folder = _local_folder(name, VISION)
-    model_type = _config(folder, name).model_type
+    model_type = read_config(folder, name).model_type
     if model_type not in VISION_CLASSES:
         raise UnknownModel(f"{name} is a {model_type}, no vision tower we can read: {', '.join(VISION_CLASSES)}.")
     tower_class = getattr(transformers, VISION_CLASSES[model_type])
@@ -277,6 +284,19 @@ def _local_folder(name: str, known: dict[str, Any]) -> Path:
         raise UnknownModel(f"{unknown}. Check the spelling of the name or path.")
     if "/" not in name and (meant := difflib.get_close_matches(name, known, n=1, cutoff=0.7)):
         raise UnknownModel(f"{unknown}. Did you mean {meant[0]}?")  # before half a minute of trying an absent network
+    return hub_folder(name, unknown)
+
+
+def hub_folder(name: str, unknown: str) -> Path:
+    """A model of the Hugging Face hub in the hub's own cache, fetched if it is not there; offline, from the cache.
+
+    Args:
+        name: "owner/model", or a model's name alone for the old ones.
+        unknown: what the name is not, as the beginning of the error.
+
+    Raises:
+        UnknownModel: the hub has no such model, or was not to be reached.
+    """
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -286,7 +306,13 @@ def _local_folder(name: str, known: dict[str, Any]) -> Path:
         ) from error
 
 
-def _config(folder: Path, name: str) -> Any:
+def read_config(folder: Path, name: str) -> Any:
+    """The configuration in a Hugging Face folder.
+
+    Raises:
+        UnknownModel: there is none, or transformers does not know the model.
+        Untrusted: it needs code of its own.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise UnknownModel(f"{folder} has no config.json, so it is no Hugging Face model. Check the path of {name!r}.")
@@ -301,8 +327,21 @@ def _config(folder: Path, name: str) -> Any:
         raise UnknownModel(f"transformers {transformers.__version__} does not know the model in {folder}.") from error
 
 
-def _require_safetensors(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
+def require_safetensors(folder: Path) -> None:
+    """Whether a folder's weights are whole safetensors files.
+
+    Raises:
+        Untrusted: they are pickles only, or the header of a file does not fit what follows it.
+        MissingFile: there are none.
+    """
+    found = sorted(folder.glob("*.safetensors"))
+    for path in found:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise Untrusted(f"{path} is no whole safetensors file ({error}). Fetch it again.") from None
+    if found:
         return
     if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
         raise Untrusted(
@@ -314,7 +353,7 @@ def _require_safetensors(folder: Path) -> None:
 
 def _from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype, **arguments: Any) -> Any:
     """The model with every weight from the folder, frozen; one that would be left random is an error."""
-    _require_safetensors(folder)
+    require_safetensors(folder)
     with _quiet():
         model, info = model_class.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **arguments

@@ -72,9 +72,9 @@ def evaluate(
 
 def _possible_tasks(model: str, asked: list[str] | None, *, quiet: bool) -> list[str]:
     """The tasks asked for, else all that the model has the parts for."""
-    from blip2.checkpoints.native import PARTS, read_settings
+    from blip2.checkpoints.native import PARTS
     from blip2.evaluation.benchmarks.open_pairs import TASKS
-    from blip2.inference.loading import find_model
+    from blip2.inference.loading import find_model, read_settings
 
     parts = read_settings(find_model(model)).parts
     lacking = {name: part for name, part in TASKS.items() if part is not None and part not in parts}

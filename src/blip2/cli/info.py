@@ -38,8 +38,8 @@ def _all_models() -> list[dict[str, Any]]:
 
 
 def _one_model(name: str) -> dict[str, Any]:
-    from blip2.checkpoints.native import FrozenPart, read_settings
-    from blip2.inference.loading import find_model
+    from blip2.checkpoints.native import FrozenPart
+    from blip2.inference.loading import find_model, read_settings
 
     folder = find_model(name)
     settings = read_settings(folder)
@@ -64,8 +64,12 @@ def _trained_part(folder: Path, settings: "ModelSettings", part: str) -> dict[st
     """File, size and number of parameters of a trained part, read from the file's header."""
     from safetensors import safe_open
 
+    from blip2.checkpoints import huggingface
     from blip2.errors import BadData
 
+    if huggingface.is_checkpoint(folder):
+        parameters, size = huggingface.stored_sizes(folder, settings)
+        return {"file": "*.safetensors", "bytes": size, "parameters": parameters}
     path = folder / settings.parts[part].file
     if not path.is_file():
         raise BadData(f"{path} is missing. Fetch or write the model folder again.")

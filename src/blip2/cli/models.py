@@ -37,9 +37,8 @@ def captioning_parts(name: str, best_of: int | None = None, chosen: Collection[s
         best_of: as in `Blip2.caption`.
         chosen: names of the options of decoding that were given.
     """
-    from blip2.checkpoints.native import read_settings
     from blip2.inference.decoding import default_best_of
-    from blip2.inference.loading import find_model
+    from blip2.inference.loading import find_model, read_settings
 
     own = read_settings(find_model(name)).caption_best_of
     count = default_best_of(own, chosen) if best_of is None else best_of
@@ -59,8 +58,7 @@ def _device(asked: str, num_gpus: int) -> str:
 def _fetch_frozen(name: str, parts: Sequence[str], *, quiet: bool) -> None:
     """Brings the packages of the frozen parts that are not here yet."""
     from blip2 import paths, registry
-    from blip2.checkpoints.native import read_settings
-    from blip2.inference.loading import find_model
+    from blip2.inference.loading import find_model, read_settings
 
     settings = read_settings(find_model(name))
     needed = [settings.vision, settings.text_init, settings.language if "generation" in parts else None]

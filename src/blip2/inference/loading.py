@@ -1,9 +1,11 @@
 """load(): the name of a model, or its folder -> Blip2.
 
 Names are looked for in BLIP2_HOME/models and then, where the package runs from a checkout of the repository, in its
-weights/ folder. Frozen parts come from their packages or folders (`checkpoints.frozen`).
+weights/ folder; "owner/model" is one of the Hugging Face hub. A folder is ours (blip2.json) or in Hugging Face's
+layout. Frozen parts come from their packages or folders (`checkpoints.frozen`).
 """
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 
 from blip2 import paths
-from blip2.checkpoints import frozen, native
+from blip2.checkpoints import frozen, huggingface, native
 from blip2.errors import BadData, MissingPart, UnknownModel, Untrusted
 from blip2.inference.blip2 import Blip2
 from blip2.inference.generation import Generator
@@ -39,7 +41,7 @@ def load(
     """A model ready to use.
 
     Args:
-        name: of a model, or the path of a model folder.
+        name: of a model here or on the Hugging Face hub, or the path of a model folder, ours or Hugging Face's.
         device: where it computes.
         dtype: of the frozen parts. The trained parts are small and stay float32, as the paper keeps them.
         parts: which of "stage1" (to embed and match) and "generation" (to caption and answer) to load; None: all that
@@ -51,7 +53,7 @@ def load(
         Untrusted: a file is not the one that the model was saved with.
     """
     folder = find_model(name)
-    settings = native.read_settings(folder)
+    settings = read_settings(folder)
     wanted = set(settings.parts if parts is None else parts)
     for part in sorted(wanted - settings.parts.keys()):
         raise MissingPart(
@@ -68,8 +70,17 @@ def load(
     )
 
 
+def read_settings(folder: Path) -> native.ModelSettings:
+    """The settings of a model folder, ours or Hugging Face's.
+
+    Raises:
+        UnknownModel, BadData, Untrusted: no such folder, a broken one, or one that needs code of its own.
+    """
+    return huggingface.read_settings(folder) if huggingface.is_checkpoint(folder) else native.read_settings(folder)
+
+
 def find_model(name: str | Path) -> Path:
-    """The folder of a model by its name or path.
+    """The folder of a model by its name, path or name on the Hugging Face hub ("owner/model", fetched if need be).
 
     Raises:
         UnknownModel: there is none.
@@ -82,6 +93,8 @@ def find_model(name: str | Path) -> Path:
             if (place / name / native.SETTINGS_FILE).is_file():
                 return place / name
     known = ", ".join(model_names()) or "none here yet"
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
+        return frozen.hub_folder(str(name), f"{str(name)!r} is neither a model here ({known}) nor a folder")
     raise UnknownModel(
         f"No model is called {str(name)!r} and no such folder exists. Models: {known}. Give one of them or a model "
         f"folder, copy the repository's weights/mini to {paths.models_dir() / 'mini'}, or train one: "
@@ -107,6 +120,7 @@ class _Loader:
         self.settings = settings
         self.device = device
         self.dtype = dtype
+        self.is_hugging_face = huggingface.is_checkpoint(folder)
         self._text_init: frozen.TextInit | None = None
 
     def vision_model(self) -> ImageEncoder:
@@ -158,18 +172,24 @@ class _Loader:
         return self._text_init
 
     def _text_tokenizer(self) -> QFormerTokenizer:
+        if self.is_hugging_face:
+            return QFormerTokenizer(huggingface.tokenizer_folder(self.folder))
         return QFormerTokenizer(self._text_start().tokenizer_file)
 
     def _fill(self, model: nn.Module, part: str) -> None:
         """Gives a module built on the meta device its weights: the stored ones, and those of the text start."""
-        from_text_init = set(self.settings.from_text_init) & model.state_dict().keys()
+        own_start = set(self.settings.from_text_init) & model.state_dict().keys()
         model.to_empty(device="cpu")
-        if from_text_init:
+        if own_start:
             load_text_weights(model, self._text_start().state_dict)
-        state = native.load_part(self.folder, self.settings, part)
+        if self.is_hugging_face:
+            state = huggingface.read_part(self.folder, self.settings)
+            own_start |= huggingface.untrained_start(model)
+        else:
+            state = native.load_part(self.folder, self.settings, part)
         missing, unexpected = model.load_state_dict(state, strict=False)
-        if unexpected or set(missing) != from_text_init:
-            wrong = sorted({*unexpected, *(set(missing) ^ from_text_init)})
+        if unexpected or set(missing) != own_start:
+            wrong = sorted({*unexpected, *(set(missing) ^ own_start)})
             first = ", ".join(wrong[:3])
             raise BadData(f"{self.folder}: the weights of {part!r} do not fit its settings; wrong are {first}.")
         model.to(self.device).eval().requires_grad_(False)

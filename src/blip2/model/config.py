@@ -18,6 +18,7 @@ class QFormerConfig:
 
     Attributes:
         encoder_hidden_size: Dv, width of the frozen image encoder's features.
+        encoder_layer_norm_eps: of the norm over these features: 1e-5 in the original, 1e-6 at Hugging Face.
         cross_attention_frequency: layers 0, f, 2f, ... carry cross-attention.
         embed_dim: E, width of the features that image-text contrast compares.
         text_pooling: which text feature stands for a sentence in ITC: that of [CLS] (the paper) or the mean over the
@@ -33,6 +34,7 @@ class QFormerConfig:
     num_attention_heads: int = 12
     intermediate_size: int = 3072
     encoder_hidden_size: int = 1408
+    encoder_layer_norm_eps: float = 1e-5
     cross_attention_frequency: int = 2
     num_query_tokens: int = 32
     max_position_embeddings: int = 512

@@ -79,8 +79,8 @@ class Blip2Stage1(nn.Module):
         super().__init__()
         self.config = config
         self.vision_model = vision_model
-        # Trainable, and LAVIS's eps; Hugging Face keeps it as the vision tower's post_layernorm with 1e-6.
-        self.vision_layernorm = nn.LayerNorm(config.encoder_hidden_size, eps=1e-5)
+        # Trainable; Hugging Face keeps it as the vision tower's post_layernorm.
+        self.vision_layernorm = nn.LayerNorm(config.encoder_hidden_size, eps=config.encoder_layer_norm_eps)
         self.embeddings = TextEmbeddings(config)
         self.qformer = QFormer(config)
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query_tokens, config.hidden_size))

@@ -40,7 +40,7 @@ class Blip2Stage2(nn.Module):
         self.config = config
         self.instruction_aware = instruction_aware
         self.vision_model = vision_model
-        self.vision_layernorm = nn.LayerNorm(config.encoder_hidden_size, eps=1e-5)
+        self.vision_layernorm = nn.LayerNorm(config.encoder_hidden_size, eps=config.encoder_layer_norm_eps)
         if instruction_aware:
             self.embeddings = TextEmbeddings(config)
             initialise(self.embeddings, config)

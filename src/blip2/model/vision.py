@@ -116,6 +116,7 @@ def _embed_dinov2(network: Any, pixel_values: Tensor) -> Tensor:
 TOWERS: dict[str, Tower] = {
     "CLIPVisionModel": Tower(_embed_clip, True, CLIP_MEAN, CLIP_STD),
     "Blip2VisionModel": Tower(_embed, False, CLIP_MEAN, CLIP_STD, layer_arguments={}),
+    "InstructBlipVisionModel": Tower(_embed, False, CLIP_MEAN, CLIP_STD, layer_arguments={}),
     "SiglipVisionModel": Tower(_embed, True, HALF_MEAN, HALF_STD),
     "Dinov2Model": Tower(_embed_dinov2, True, IMAGENET_MEAN, IMAGENET_STD),
     "Dinov2WithRegistersModel": Tower(_embed_dinov2, True, IMAGENET_MEAN, IMAGENET_STD),
