@@ -59,6 +59,7 @@ VISION_CLASSES = {
     "dinov2_with_registers": "Dinov2WithRegistersModel",
     "vit": "ViTModel",
 }
+BLIP2_TYPES = ("blip-2", "instructblip")  # hold an LLM within
 # What from_pretrained must be told besides.
 _OF_VISION, _OF_LANGUAGE = {r"^vision_model\.": ""}, {r"^language_model\.": ""}
 LOADING_ARGUMENTS = {
@@ -127,15 +128,25 @@ def load_language(
         UnknownModel: neither a known name, nor a folder, nor to be had from the hub.
         Untrusted: its weights are pickles, or it needs code of its own.
     """
-    folder = LANGUAGE[name_or_path]() if name_or_path in LANGUAGE else _local_folder(name_or_path, LANGUAGE)
+    folder = _language_folder(name_or_path)
     config, arguments = read_config(folder, name_or_path), {}
-    if config.model_type in ("blip-2", "instructblip"):  # the language model within it
+    if config.model_type in BLIP2_TYPES:  # the language model within it
         config = config.text_config
         arguments = {"config": config, "key_mapping": _OF_LANGUAGE}
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = _from_pretrained(auto_class, folder, dtype, **arguments)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return model, tokenizer
+
+
+def language_config(name_or_path: str) -> Any:
+    """The configuration of a language model; arguments and errors as in `load_language`."""
+    config = read_config(_language_folder(name_or_path), name_or_path)
+    return config.text_config if config.model_type in BLIP2_TYPES else config
+
+
+def _language_folder(name_or_path: str) -> Path:
+    return LANGUAGE[name_or_path]() if name_or_path in LANGUAGE else _local_folder(name_or_path, LANGUAGE)
 
 
 def load_text_init(name_or_path: str) -> TextInit:

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from blip2.checkpoints.frozen import read_config, require_safetensors
+from blip2.checkpoints.lavis import INSTRUCT_CAPTION
 from blip2.checkpoints.names import Format, Names
 from blip2.checkpoints.native import FrozenPart, ModelSettings, PartFile, Prompts
 from blip2.errors import BadData, UnknownModel
@@ -28,7 +29,6 @@ from blip2.model.vision import CLIP_MEAN, CLIP_STD
 
 MODEL_TYPES = {"blip-2": "BLIP-2", "instructblip": "InstructBLIP"}
 OPT_QUESTION, T5_QUESTION = "Question: {} Answer:", "Question: {} Short answer:"  # the paper's (section 4.1)
-INSTRUCT_CAPTION = "Write a short description for the image."  # one of InstructBLIP's (appendix)
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -78,6 +78,7 @@ class ModelSettings:
         instruction_aware: whether the generating part's Q-Former reads the instruction.
         max_text_tokens: how many tokens of a text the Q-Former reads.
         prompts: see Prompts.
+        stop: a text that ends what is said, besides the language model's own end; "" for none.
         caption_best_of: how many captions are made, of which the retrieval part chooses one; 1 = no choice.
         from_text_init: parameters that are taken from the text initialisation and not stored.
         parts: filled when the folder is written.
@@ -95,6 +96,7 @@ class ModelSettings:
     language: FrozenPart | None = None
     instruction_aware: bool = False
     max_text_tokens: int = 32
+    stop: str = ""
     caption_best_of: int = 1
     from_text_init: tuple[str, ...] = ()
     parts: dict[str, PartFile] = field(default_factory=dict)
@@ -106,7 +108,7 @@ class ModelSettings:
 
 
 def save_model_folder(
-    folder: Path | str, settings: ModelSettings, parts: dict[str, dict[str, Tensor]]
+    folder: Path | str, settings: ModelSettings, parts: dict[str, dict[str, Tensor]], *, halve: bool = True
 ) -> ModelSettings:
     """Writes the folder beside its place and renames it, so that a reader finds the old one or the new one, whole.
 
@@ -116,6 +118,7 @@ def save_model_folder(
         folder: where; its parents are made.
         settings: all but `parts`, which is filled here.
         parts: state dict of each part, by the names in PARTS; see `trained_state`.
+        halve: store as float16; off, every weight keeps its dtype.
 
     Returns:
         The settings as written.
@@ -130,7 +133,7 @@ def save_model_folder(
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     try:
-        written = {name: _write_part(beside, name, state) for name, state in parts.items()}
+        written = {name: _write_part(beside, name, state, halve=halve) for name, state in parts.items()}
         settings = replace(settings, parts=written)
         _keep_other_files(folder, beside)
         text = json.dumps(settings.to_dict(), indent=2, ensure_ascii=False) + "\n"
@@ -150,10 +153,10 @@ def trained_state(module: nn.Module, from_text_init: tuple[str, ...] = ()) -> di
     }
 
 
-def _write_part(folder: Path, name: str, state: dict[str, Tensor]) -> PartFile:
+def _write_part(folder: Path, name: str, state: dict[str, Tensor], *, halve: bool) -> PartFile:
     file = f"{name}.safetensors"
-    halved = {key: _on_disk(key, tensor) for key, tensor in state.items()}
-    data = safetensors.torch.save(halved, metadata={"format": "pt"})
+    stored = {key: _on_disk(key, tensor) if halve else tensor.contiguous() for key, tensor in state.items()}
+    data = safetensors.torch.save(stored, metadata={"format": "pt"})
     (folder / file).write_bytes(data)
     return PartFile(file=file, sha256=hashlib.sha256(data).hexdigest())
 
@@ -225,9 +228,9 @@ def _settings(values: dict[str, Any]) -> ModelSettings:
 
 
 def load_part(
-    folder: Path | str, settings: ModelSettings, name: str, dtype: torch.dtype = torch.float32
+    folder: Path | str, settings: ModelSettings, name: str, dtype: torch.dtype | None = torch.float32
 ) -> dict[str, Tensor]:
-    """State dict of a part, checked against its sha256.
+    """State dict of a part, checked against its sha256; dtype None leaves the weights in their own.
 
     Raises:
         MissingPart: the model lacks it.
@@ -249,4 +252,4 @@ def load_part(
         state = safetensors.torch.load(data)
     except SafetensorError:
         raise Untrusted(f"{path} is no safetensors file. Fetch or write the model folder again.") from None
-    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    return {key: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor for key, tensor in state.items()}

@@ -13,6 +13,7 @@ from blip2 import __version__
 from blip2.cli.ask import ask
 from blip2.cli.caption import caption
 from blip2.cli.chat import chat
+from blip2.cli.convert import convert
 from blip2.cli.data import app as data
 from blip2.cli.demo import demo
 from blip2.cli.embed import embed
@@ -31,7 +32,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (caption, ask, chat, match, embed, info, demo, train, evaluate, export):
+for command in (caption, ask, chat, match, embed, info, demo, train, evaluate, export, convert):
     app.command()(command)
 app.add_typer(data, name="data")
 

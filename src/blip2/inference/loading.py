@@ -160,7 +160,7 @@ class _Loader:
         self._check(part, network)
         padding = "right" if network.config.is_encoder_decoder else "left"
         tokenizer = LanguageTokenizer(hf_tokenizer, prompt_padding=padding)
-        language_model = wrap_language_model(network, tokenizer)
+        language_model = wrap_language_model(network, tokenizer, stop=self.settings.stop)
         return language_model.to(self.device), tokenizer
 
     def _text_start(self) -> frozen.TextInit:
@@ -206,10 +206,15 @@ class _Loader:
             )
 
 
-def wrap_language_model(network: Any, tokenizer: LanguageTokenizer) -> LanguageModel:
-    """A Hugging Face language model behind the common interface; what its generation settings call an end ends."""
+def wrap_language_model(network: Any, tokenizer: LanguageTokenizer, *, stop: str = "") -> LanguageModel:
+    """A Hugging Face language model behind the common interface; what its generation settings call an end ends.
+
+    So does `stop`, where it is one token; a longer one is refused, since text would be cut only after it.
+    """
     stop_ids = {tokenizer.eos_id}
     configured = getattr(network.generation_config, "eos_token_id", None)
     stop_ids.update(configured if isinstance(configured, list) else [configured] if configured is not None else [])
+    if stop:
+        stop_ids.add(tokenizer.token_id(stop))
     kind = EncoderDecoderLM if network.config.is_encoder_decoder else DecoderLM
     return kind(network, stop_ids=sorted(stop_ids), pad_id=tokenizer.pad_id)

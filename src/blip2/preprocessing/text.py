@@ -176,6 +176,17 @@ class LanguageTokenizer:
         rows = [self._plain_ids(self._parting_space + target.strip()) + end for target in targets]
         return pad([row[:max_length] for row in rows], self.pad_id)
 
+    def token_id(self, text: str) -> int:
+        """The one token that `text` is.
+
+        Raises:
+            BadData: it is several.
+        """
+        ids = self._plain_ids(text)
+        if len(ids) != 1:
+            raise BadData(f"{text!r} is {len(ids)} tokens of this language model; what ends a text must be one.")
+        return ids[0]
+
     def decode(self, input_ids: Tensor) -> list[str]:
         """The texts of new ids (B, T) up to the first eos, special tokens left out, without spaces at the ends."""
         rows = [self._until_eos(row) for row in input_ids.tolist()]
