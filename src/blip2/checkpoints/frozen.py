@@ -37,6 +37,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from blip2.checkpoints.trust import check_configuration
 from blip2.errors import BadData, MissingFile, UnknownModel, Untrusted
 from blip2.model.efficientnet import EfficientNetLite, EfficientNetTokens
 from blip2.model.vision import HuggingFaceVision, ImageEncoder
@@ -325,6 +326,7 @@ def read_config(folder: Path, name: str) -> Any:
         Untrusted: it needs code of its own.
     """
     path = folder / "config.json"
+    check_configuration(folder, refuse_own_code=False)
     if not path.is_file():
         raise UnknownModel(f"{folder} has no config.json, so it is no Hugging Face model. Check the path of {name!r}.")
     try:
@@ -366,9 +368,12 @@ def _from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype, **argum
     """The model with every weight from the folder, frozen; one that would be left random is an error."""
     require_safetensors(folder)
     with _quiet():
-        model, info = model_class.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **arguments
-        )
+        try:
+            model, info = model_class.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **arguments
+            )
+        except RuntimeError as error:  # a weight of another shape than the configuration's
+            raise BadData(f"{folder} does not fit its own config.json: {str(error).splitlines()[-1].strip()}") from None
     if missing := sorted(info["missing_keys"]):
         raise BadData(f"{folder} lacks {len(missing)} weights of {type(model).__name__}, the first is {missing[0]}.")
     return model.requires_grad_(False).eval()

@@ -21,6 +21,7 @@ from blip2.checkpoints.frozen import read_config, require_safetensors
 from blip2.checkpoints.lavis import INSTRUCT_CAPTION
 from blip2.checkpoints.names import Format, Names
 from blip2.checkpoints.native import FrozenPart, ModelSettings, PartFile, Prompts
+from blip2.checkpoints.trust import check_configuration
 from blip2.errors import BadData, UnknownModel
 from blip2.model.config import QFormerConfig
 from blip2.model.qformer import initialise
@@ -45,6 +46,7 @@ def read_settings(folder: Path) -> ModelSettings:
     Raises:
         BadData, UnknownModel, Untrusted: a configuration that is broken, not known, or needs code of its own.
     """
+    check_configuration(folder, refuse_own_code=True)
     config = read_config(folder, str(folder))
     part = _part(config, folder)
     pictures = _image_settings(folder)

@@ -187,6 +187,13 @@ class _Loader:
             own_start |= huggingface.untrained_start(model)
         else:
             state = native.load_part(self.folder, self.settings, part)
+        own = model.state_dict()
+        for name in sorted(state.keys() & own.keys()):
+            if state[name].shape != own[name].shape:
+                raise BadData(
+                    f"{self.folder}: {name} has shape {tuple(state[name].shape)} and by its settings should have "
+                    f"{tuple(own[name].shape)}. Fetch or write the model folder again."
+                )
         missing, unexpected = model.load_state_dict(state, strict=False)
         if unexpected or set(missing) != own_start:
             wrong = sorted({*unexpected, *(set(missing) ^ own_start)})
