@@ -12,7 +12,7 @@ from torch import nn
 from blip2 import paths, registry
 from blip2.checkpoints import frozen
 from blip2.errors import BadData, MissingFile, UnknownModel, Untrusted
-from blip2.model.vision import HuggingFaceVision
+from blip2.model.vision import HuggingFaceConvNext, HuggingFaceVision
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 VISION_SHAPE = {**SHAPE, "image_size": 32, "patch_size": 8}
@@ -50,6 +50,16 @@ def test_a_saved_tower_gives_the_features_it_had_at_a_size_of_its_own(tower_clas
     expected = HuggingFaceVision(tower, name="tiny")(pixel_values)
     assert encoder.image_size == 48 and expected.shape[1] >= 36
     torch.testing.assert_close(encoder(pixel_values), expected)
+
+
+def test_a_saved_convnext_gives_the_features_it_had(tmp_path):
+    shape = {"hidden_sizes": [8, 12, 16, 20], "depths": [1, 1, 1, 1], "image_size": 64}
+    network = tiny("ConvNextModel", transformers.ConvNextConfig(**shape))
+    network.save_pretrained(tmp_path)
+    encoder, pixel_values = frozen.load_vision(str(tmp_path)), torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(encoder(pixel_values), HuggingFaceConvNext(network, name="tiny")(pixel_values))
+    with pytest.raises(UnknownModel, match="no transformer layer to drop"):
+        frozen.load_vision(str(tmp_path), drop_last_layer=True)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from blip2.errors import UnknownModel
-from blip2.model.vision import TOWERS, HuggingFaceVision, encoder_layers
+from blip2.model.vision import TOWERS, HuggingFaceConvNext, HuggingFaceVision, encoder_layers
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32}
 
@@ -14,6 +14,7 @@ SHAPE = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "nu
 FAMILIES = {
     "CLIPVisionModel": (transformers.CLIPVisionConfig, 8, 1),
     "Blip2VisionModel": (transformers.Blip2VisionConfig, 8, 1),
+    "InstructBlipVisionModel": (transformers.InstructBlipVisionConfig, 8, 1),
     "SiglipVisionModel": (transformers.SiglipVisionConfig, 8, 0),
     "Dinov2Model": (transformers.Dinov2Config, 8, 1),
     "Dinov2WithRegistersModel": (transformers.Dinov2WithRegistersConfig, 8, 5),
@@ -51,7 +52,8 @@ def test_features_are_the_states_before_the_layer_the_paper_removes(family):
 
 def test_only_blip2s_own_tower_keeps_its_last_layer_unasked():
     kept = {family: len(encoder_layers(HuggingFaceVision(tiny_tower(family), name="x").network)) for family in FAMILIES}
-    assert kept == {family: 3 if family == "Blip2VisionModel" else 2 for family in FAMILIES}
+    own = ("Blip2VisionModel", "InstructBlipVisionModel")
+    assert kept == {family: 3 if family in own else 2 for family in FAMILIES}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -93,3 +95,20 @@ def test_features_have_the_dtype_of_the_weights():
 def test_a_network_that_is_no_vision_tower_is_refused_by_name():
     with pytest.raises(UnknownModel, match="Linear is no vision tower we can read"):
         HuggingFaceVision(nn.Linear(2, 2), name="tiny")
+
+
+@pytest.mark.parametrize("version", ["ConvNext", "ConvNextV2"])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (32, 96), (70, 45)])
+def test_a_convnext_gives_the_cells_of_its_last_stage(version, height, width):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{version}Config")(hidden_sizes=[8, 12, 16, 20], depths=[1, 1, 2, 1], image_size=64)
+    network = getattr(transformers, f"{version}Model")(config).eval()
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    encoder, pixel_values = HuggingFaceConvNext(network, name="tiny"), torch.randn(2, 3, height, width)
+    with torch.no_grad():
+        cells = network(pixel_values).last_hidden_state
+    features = encoder(pixel_values)
+    assert (encoder.width, encoder.image_size) == (20, 64) and features.shape == (2, cells[0, 0].numel(), 20)
+    torch.testing.assert_close(features[:, 1], cells[:, :, 0, 1] if cells.shape[3] > 1 else cells[:, :, 1, 0])
+    assert not any(p.requires_grad for p in encoder.parameters())

@@ -40,7 +40,7 @@ from transformers.utils import logging as transformers_logging
 from blip2.checkpoints.trust import check_configuration
 from blip2.errors import BadData, MissingFile, UnknownModel, Untrusted
 from blip2.model.efficientnet import EfficientNetLite, EfficientNetTokens
-from blip2.model.vision import HuggingFaceVision, ImageEncoder
+from blip2.model.vision import HuggingFaceConvNext, HuggingFaceVision, ImageEncoder
 from blip2.paths import models_dir
 from blip2.registry import open_wheel
 
@@ -59,7 +59,10 @@ VISION_CLASSES = {
     "dinov2": "Dinov2Model",
     "dinov2_with_registers": "Dinov2WithRegistersModel",
     "vit": "ViTModel",
+    "convnext": "ConvNextModel",
+    "convnextv2": "ConvNextV2Model",
 }
+CONVOLUTIONAL = ("convnext", "convnextv2")
 BLIP2_TYPES = ("blip-2", "instructblip")  # hold an LLM within
 # What from_pretrained must be told besides.
 _OF_VISION, _OF_LANGUAGE = {r"^vision_model\.": ""}, {r"^language_model\.": ""}
@@ -96,7 +99,8 @@ def load_vision(
     """The frozen image encoder of that name.
 
     Args:
-        name_or_path: a name in VISION, a Hugging Face folder or a hub name (CLIP, BLIP-2's EVA, SigLIP, DINOv2, ViT).
+        name_or_path: a name in VISION, a Hugging Face folder or a hub name (CLIP, BLIP-2's EVA, SigLIP, DINOv2,
+            ViT, ConvNeXt).
         dtype: of its weights and its features.
         image_size: side of the pictures it will be given; None: as it was trained (EfficientNet-Lite2: 256).
         drop_last_layer: of a Hugging Face tower; None: as the paper does.
@@ -276,14 +280,16 @@ def _hugging_face_vision(
     tower = _from_pretrained(tower_class, folder, dtype, **LOADING_ARGUMENTS.get(model_type, {}))
     preprocessor = folder / "preprocessor_config.json"
     normalisation = json.loads(preprocessor.read_text()) if preprocessor.is_file() else {}
-    return HuggingFaceVision(
-        tower,
-        name=name,
-        image_size=image_size,
-        image_mean=tuple(normalisation.get("image_mean") or ()) or None,
-        image_std=tuple(normalisation.get("image_std") or ()) or None,
-        drop_last_layer=drop_last_layer,
-    )
+    found: dict[str, Any] = {
+        "image_size": image_size,
+        "image_mean": tuple(normalisation.get("image_mean") or ()) or None,
+        "image_std": tuple(normalisation.get("image_std") or ()) or None,
+    }
+    if model_type not in CONVOLUTIONAL:
+        return HuggingFaceVision(tower, name=name, drop_last_layer=drop_last_layer, **found)
+    if drop_last_layer is not None:
+        raise UnknownModel(f"{name} has no transformer layer to drop. Leave drop_last_layer out.")
+    return HuggingFaceConvNext(tower, name=name, **found)
 
 
 def _local_folder(name: str, known: dict[str, Any]) -> Path:

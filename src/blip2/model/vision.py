@@ -180,6 +180,39 @@ class HuggingFaceVision(ImageEncoder):
         return hidden_states
 
 
+class HuggingFaceConvNext(ImageEncoder):
+    """A Hugging Face ConvNeXt as an image encoder: the cells of its last stage, row by row, before any norm.
+
+    There is no [CLS], and nothing to interpolate: pictures of any size and shape are accepted.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        name: str,
+        image_size: int | None = None,
+        image_mean: tuple[float, float, float] | None = None,
+        image_std: tuple[float, float, float] | None = None,
+    ) -> None:
+        """Arguments as of `HuggingFaceVision`; the network is a `ConvNextModel` or `ConvNextV2Model`."""
+        config: Any = network.config
+        super().__init__(
+            network,
+            name=name,
+            image_size=image_size or config.image_size,
+            width=config.hidden_sizes[-1],
+            image_mean=image_mean or IMAGENET_MEAN,
+            image_std=image_std or IMAGENET_STD,
+        )
+
+    def encode(self, pixel_values: Tensor) -> Tensor:
+        """The last stage's cells (B, N, Dv)."""
+        network: Any = self.network
+        cells = network.encoder(network.embeddings(pixel_values)).last_hidden_state  # (B, Dv, H', W')
+        return cells.flatten(2).transpose(1, 2)
+
+
 def encoder_layers(network: nn.Module) -> nn.ModuleList:
     """The layers of a tower, under any of the three names that transformers gives them."""
     for path in ("layers", "encoder.layers", "encoder.layer"):
