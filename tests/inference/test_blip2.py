@@ -10,6 +10,9 @@ from PIL import Image
 import blip2
 from blip2.errors import MissingPart, UserError
 from blip2.inference.decoding import make_candidates
+from blip2.inference.stage1_losses import Stage1Batch
+from blip2.model.stage1 import Text
+from blip2.training.stage1 import Stage1Step
 
 from .tiny_model import make_tiny_model
 
@@ -86,6 +89,24 @@ def test_a_model_that_chooses_its_captions_does_so_unless_told_otherwise(model, 
         assert model.caption(images, num_beams=2) == model.caption(images, best_of=1, num_beams=2)
     finally:
         model.settings = settings
+
+
+def test_the_losses_of_stage_1_are_those_of_a_training_step(model, images):
+    text = model.retriever.tokenizer.encode(["a red cup", "the cat left of the star ?", "blue", "one", "two cats"])
+    pixel_values = model.transform.batch(images)
+    found = model.losses(pixel_values, text.input_ids, text.attention_mask, negatives="hardest")
+    step = Stage1Step(model.retriever.model, bos_id=model.retriever.tokenizer.dec_id, negatives="hardest")
+    batch = Stage1Batch(
+        model.image_features(images), Text(text.input_ids, text.attention_mask), groups=torch.arange(len(images))
+    )
+    expected = step.eval()(batch)
+    for name in ("itc", "itm", "itg"):
+        torch.testing.assert_close(getattr(found, name), expected[name], atol=1e-6, rtol=0)
+    same = model.losses(pixel_values, text.input_ids, text.attention_mask, groups=torch.zeros(5, dtype=torch.long))
+    assert same.itm == model.losses(pixel_values, text.input_ids, text.attention_mask, groups=torch.zeros(5)).itm
+    assert same.itc != found.itc  # all are each other's positives
+    with pytest.raises(UserError, match=r"There are 4 pictures, texts of shape \(5, \d+\)"):
+        model.losses(pixel_values[:4], text.input_ids, text.attention_mask)
 
 
 def test_the_prompt_and_the_question_change_what_is_said(model, images):

@@ -7,9 +7,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from blip2.checkpoints.names import Names, unnamed
+from blip2.inference.stage1_losses import Stage1Batch
 from blip2.model.config import QFormerConfig
 from blip2.model.stage1 import Blip2Stage1, Text
-from blip2.training.stage1 import Stage1Batch, Stage1Step
+from blip2.training.stage1 import Stage1Step
 
 GOLDEN = Path(__file__).parent / "golden" / "lavis_stage1.safetensors"
 DEC = 59

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from blip2.inference.stage1_losses import Stage1Batch
 from blip2.model.config import QFormerConfig
 from blip2.model.masks import apart_mask, text_after_queries_mask, together_mask
 from blip2.model.stage1 import Blip2Stage1, Text
 from blip2.objectives.itc import image_text_similarity, sentence_losses
 from blip2.objectives.negatives import draw_negatives
-from blip2.training.stage1 import Sentences, Stage1Batch, Stage1Step
+from blip2.training.stage1 import Sentences, Stage1Step
 
 CONFIG = QFormerConfig(
     vocab_size=50, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64,

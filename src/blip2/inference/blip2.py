@@ -1,13 +1,13 @@
 """Blip2: a loaded model that captions, answers, talks, matches and embeds.
 
-    picture ── frozen image encoder ──┬── retriever   embed_images, embed_texts, match
+    picture ── frozen image encoder ──┬── retriever   embed_images, embed_texts, match, losses
                                       └── generator   caption, ask, rank_answers, generate, stream, chat
 
 One pass of the encoder serves both parts. A model may lack either part; what needs it says so.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Unpack, cast, overload
+from typing import Literal, Unpack, cast, overload
 
 import numpy as np
 import torch
@@ -26,7 +26,10 @@ from blip2.inference.decoding import (
 )
 from blip2.inference.generation import Generator
 from blip2.inference.retrieval import Match, Retriever
+from blip2.inference.stage1_losses import Stage1Batch, Stage1Losses, stage1_losses
+from blip2.model.stage1 import Text
 from blip2.model.vision import ImageEncoder
+from blip2.objectives.negatives import NegativeRule
 from blip2.preprocessing.images import ImageSource, ImageTransform, load_image
 from blip2.preprocessing.prompts import question_prompt
 
@@ -275,6 +278,54 @@ class Blip2:
         rows = [texts] if isinstance(texts, str) else list(texts)
         features = self.image_features(image)
         return [match for some in self._batches(len(rows)) for match in retriever.match(features, rows[some])]
+
+    def losses(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        negatives: Literal["sample", "hardest", "lavis-2023-02"] = "sample",
+        groups: Tensor | None = None,
+        label_smoothing: float = 0.1,
+    ) -> Stage1Losses:
+        """The losses of stage 1 (ITC, ITM, ITG) on a batch of pairs, with a gradient where weights ask for one.
+
+        Loaded weights ask for none, and dropout sleeps: for training see `blip2 train`.
+
+        Args:
+            pixel_values: (B, 3, S, S), as `transform` makes them.
+            input_ids: (B, T) of `retriever.tokenizer`, [CLS] first and [SEP] last, padded on the right.
+            attention_mask: (B, T), 1 = real token.
+            negatives: drawn from the softmax of the similarities (the paper), the most similar wrong pair (for numbers
+                that do not depend on chance), or drawn as the original code did until July 2023.
+            groups: (B,) equal for pairs that are no negatives of each other; None: each pair is alone.
+            label_smoothing: of ITC and ITG; 0.1 in the original.
+
+        Raises:
+            MissingPart: the model has no retrieval part.
+            UserError: the three have not the same number of rows.
+        """
+        retriever = self.retriever
+        count = len(pixel_values)
+        if not count or len(input_ids) != count or input_ids.shape != attention_mask.shape:
+            raise UserError(
+                f"There are {count} pictures, texts of shape {tuple(input_ids.shape)} and a mask of shape "
+                f"{tuple(attention_mask.shape)}. Give as many texts as pictures, and a mask of the texts' shape."
+            )
+        batch = Stage1Batch(
+            image_features=self.vision_model(pixel_values).to(retriever.model.query_tokens.dtype),
+            text=Text(input_ids, attention_mask),
+            groups=torch.arange(count, device=input_ids.device) if groups is None else groups,
+        )
+        rule: NegativeRule = "paper" if negatives == "sample" else negatives
+        return stage1_losses(
+            retriever.model,
+            batch,
+            bos_id=retriever.tokenizer.dec_id,
+            negatives=rule,
+            label_smoothing=label_smoothing,
+        )
 
     # -- within ---------------------------------------------------------------------------------------------------
     def _question_prompts(self, questions: Sequence[str]) -> list[str]:

@@ -15,13 +15,13 @@ from blip2.data.features import FeatureCache
 from blip2.data.neighbours import Neighbours
 from blip2.data.order import Draw, mixture_draw
 from blip2.data.sample import Question, Sample
+from blip2.inference.stage1_losses import Stage1Batch
 from blip2.model.stage1 import Text
 from blip2.objectives.language_modeling import split_caption
 from blip2.preprocessing.prompts import question_prompt
 from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer, TextBatch
 from blip2.training.instruct import NOT_LISTED, AnswerBatch, InstructBatch
 from blip2.training.recipe import DataSection
-from blip2.training.stage1 import Stage1Batch
 from blip2.training.stage2 import Stage2Batch
 
 

@@ -1,7 +1,6 @@
-"""What one step of stage 1 computes: ITC, ITM and ITG at once (paper, section 3.1).
+"""What one step of stage 1 computes: ITC, ITM and ITG at once (paper, section 3.1), with the weights of a run.
 
-One image pass serves ITC and ITG, and image features are projected to cross-attention keys and values once a step: the
-positives and both kinds of negatives of ITM index them.
+The losses themselves are joined in inference/stage1_losses.py, so that a loaded model can be asked for them too.
 """
 
 from dataclasses import dataclass
@@ -10,36 +9,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from blip2.model.qformer import ImageKeyValues, KeyValue, select_images
-from blip2.model.stage1 import Blip2Stage1, Text
-from blip2.objectives.itc import (
-    Similarities,
-    image_text_similarity,
-    itc_loss,
-    same_group,
-    sentence_losses,
-    similarities,
-)
-from blip2.objectives.itg import caption_inputs, itg_loss
-from blip2.objectives.itm import IGNORED, MATCH, NO_MATCH, itm_loss
-from blip2.objectives.negatives import NegativeRule, draw_negatives
-
-
-@dataclass(frozen=True)
-class Stage1Batch:
-    """B image-text pairs.
-
-    Attributes:
-        image_features: (B, N, Dv).
-        text: the captions, [CLS] first, [SEP] last.
-        groups: (B,) equal for pairs that are no negatives of each other (one image, or an equal caption).
-        told: what ITG tells of the images; None for the captions.
-    """
-
-    image_features: Tensor
-    text: Text
-    groups: Tensor
-    told: Text | None = None
+from blip2.inference.stage1_losses import Stage1Batch, stage1_losses
+from blip2.model.stage1 import Blip2Stage1
+from blip2.objectives.itc import sentence_losses
+from blip2.objectives.negatives import NegativeRule
 
 
 @dataclass(frozen=True)
@@ -108,59 +81,30 @@ class Stage1Step(nn.Module):
         if self.training and self.min_temperature:
             with torch.no_grad():
                 self.model.temperature.clamp_(min=self.min_temperature)
-        images = self.model.image_pass(batch.image_features)
-        image_embeds = self.model.project_queries(images.output)  # (B, Q, E)
-        text_embeds = self.model.embed_texts(batch.text)  # (B, E)
-        is_positive = same_group(batch.groups, batch.groups)  # (B, B)
-        similarity = similarities(image_embeds, text_embeds, image_embeds, text_embeds, self.model.temperature)
         itc_weight, itm_weight, itg_weight = self.weights
-        losses = {"itc": itc_loss(similarity, is_positive, label_smoothing=self.label_smoothing)}
-        loss = itc_weight * losses["itc"]
-        found = {"itc_accuracy": _share_found(image_embeds, text_embeds, is_positive)}
+        found = stage1_losses(
+            self.model,
+            batch,
+            bos_id=self.bos_id,
+            negatives=self.negatives,
+            label_smoothing=self.label_smoothing,
+            matched_share=self.matched_share,
+            with_itm=itm_weight > 0,
+            with_itg=itg_weight > 0,
+        )
+        losses, right = {"itc": found.itc}, {"itc_accuracy": found.itc_accuracy}
+        loss = itc_weight * found.itc
         if self.sentence_model is not None:
             with torch.no_grad():
                 sentence_embeds = self.sentence_model.embed_texts(batch.text)  # (B, E)
-            image_side, text_side = sentence_losses(image_embeds, text_embeds, sentence_embeds)
+            image_side, text_side = sentence_losses(found.image_embeds, found.text_embeds, sentence_embeds)
             losses |= {"sentence_image": image_side, "sentence_text": text_side}
             loss = loss + self.sentence_weights[0] * image_side + self.sentence_weights[1] * text_side
-        if itm_weight:
-            losses["itm"], found["itm_accuracy"] = self._match(images.image, batch.text, similarity, is_positive)
-            loss = loss + itm_weight * losses["itm"]
-        if itg_weight:
-            losses["itg"] = self._caption(batch.told or batch.text, images.past)
-            loss = loss + itg_weight * losses["itg"]
+        if found.itm is not None and found.itm_accuracy is not None:
+            losses["itm"], right["itm_accuracy"] = found.itm, found.itm_accuracy
+            loss = loss + itm_weight * found.itm
+        if found.itg is not None:
+            losses["itg"] = found.itg
+            loss = loss + itg_weight * found.itg
         told = {name: value.detach() for name, value in losses.items()}
-        return {"loss": loss, **told, **found, "temperature": self.model.temperature.detach().clone()}
-
-    def _match(
-        self, image: ImageKeyValues, text: Text, similarity: Similarities, is_positive: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """ITM over 3M pairs: (image, text), (negative image, text), (image, negative text); M = B but for the share."""
-        matched = max(1, round(is_positive.shape[0] * self.matched_share))
-        own = torch.arange(matched, device=is_positive.device)  # (M,)
-        negative_image = draw_negatives(similarity.text_to_image[own], is_positive[own], self.negatives)  # (M,)
-        negative_text = draw_negatives(similarity.image_to_text[own], is_positive[own], self.negatives)  # (M,)
-        image_rows = torch.cat([own, negative_image.clamp(min=0), own])
-        text_rows = torch.cat([own, own, negative_text.clamp(min=0)])
-        labels = torch.cat([torch.full_like(own, MATCH), _label(negative_image), _label(negative_text)])  # (3M,)
-        logits = self.model.match_logits(select_images(image, image_rows), text[text_rows])  # (3M, 2)
-        counted = labels != IGNORED
-        right = ((logits.argmax(dim=1) == labels) & counted).sum() / counted.sum()
-        return itm_loss(logits, labels), right
-
-    def _caption(self, text: Text, past: list[KeyValue]) -> Tensor:
-        hidden = self.model.caption_hidden(caption_inputs(text.input_ids, self.bos_id), past)  # (B, T, D)
-        is_target = text.attention_mask[:, 1:].bool()  # (B, T-1): each token but the first is predicted
-        logits = self.model.vocabulary_logits(hidden[:, :-1][is_target])  # (M, V)
-        return itg_loss(logits, text.input_ids[:, 1:][is_target], label_smoothing=self.label_smoothing)
-
-
-def _label(negative: Tensor) -> Tensor:
-    """NO_MATCH where a negative was found, IGNORED where the row has none."""
-    return torch.where(negative >= 0, NO_MATCH, IGNORED)
-
-
-def _share_found(image_embeds: Tensor, text_embeds: Tensor, is_positive: Tensor) -> Tensor:
-    """How often the most similar text of an image is one of its own."""
-    best = image_text_similarity(image_embeds.detach(), text_embeds.detach()).argmax(dim=1)
-    return is_positive.gather(1, best[:, None]).float().mean()
+        return {"loss": loss, **told, **right, "temperature": self.model.temperature.detach().clone()}

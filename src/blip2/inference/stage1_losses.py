@@ -1,0 +1,141 @@
+"""The three losses of stage 1 on a batch of pairs (paper, section 3.1): the model and the objectives, joined.
+
+One image pass serves ITC and ITG, and image features are projected to cross-attention keys and values once: the
+positives and both kinds of negatives of ITM index them. Training adds weights to this, and use may ask for it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from blip2.model.qformer import ImageKeyValues, KeyValue, select_images
+from blip2.model.stage1 import Blip2Stage1, Text
+from blip2.objectives.itc import Similarities, image_text_similarity, itc_loss, same_group, similarities
+from blip2.objectives.itg import caption_inputs, itg_loss
+from blip2.objectives.itm import IGNORED, MATCH, NO_MATCH, itm_loss
+from blip2.objectives.negatives import NegativeRule, draw_negatives
+
+
+@dataclass(frozen=True)
+class Stage1Batch:
+    """B image-text pairs.
+
+    Attributes:
+        image_features: (B, N, Dv).
+        text: the captions, [CLS] first, [SEP] last.
+        groups: (B,) equal for pairs that are no negatives of each other (one image, or an equal caption).
+        told: what ITG tells of the images; None for the captions.
+    """
+
+    image_features: Tensor
+    text: Text
+    groups: Tensor
+    told: Text | None = None
+
+
+@dataclass(frozen=True)
+class Stage1Losses:
+    """What a batch gives; scalars but for the features.
+
+    Attributes:
+        itc: image-text contrast.
+        itm: image-text matching; None where it was not wanted.
+        itg: image-grounded text generation; None where it was not wanted.
+        itc_accuracy: how often the most similar text of an image is one of its own.
+        itm_accuracy: how often a pair is rightly matched or not; None without ITM.
+        image_embeds: (B, Q, E).
+        text_embeds: (B, E).
+    """
+
+    itc: Tensor
+    itm: Tensor | None
+    itg: Tensor | None
+    itc_accuracy: Tensor
+    itm_accuracy: Tensor | None
+    image_embeds: Tensor
+    text_embeds: Tensor
+
+
+def stage1_losses(
+    model: Blip2Stage1,
+    batch: Stage1Batch,
+    *,
+    bos_id: int,
+    negatives: NegativeRule = "paper",
+    label_smoothing: float = 0.1,
+    matched_share: float = 1.0,
+    with_itm: bool = True,
+    with_itg: bool = True,
+) -> Stage1Losses:
+    """The losses of a batch.
+
+    Args:
+        model: of stage 1.
+        batch: B pairs.
+        bos_id: [DEC], the token that starts a caption to be generated.
+        negatives: how hard negatives of ITM are drawn.
+        label_smoothing: of ITC and ITG.
+        matched_share: share of the pairs that ITM matches, at least one.
+        with_itm, with_itg: what is not wanted is not computed.
+    """
+    images = model.image_pass(batch.image_features)
+    image_embeds = model.project_queries(images.output)  # (B, Q, E)
+    text_embeds = model.embed_texts(batch.text)  # (B, E)
+    is_positive = same_group(batch.groups, batch.groups)  # (B, B)
+    similarity = similarities(image_embeds, text_embeds, image_embeds, text_embeds, model.temperature)
+    itm = itm_accuracy = itg = None
+    if with_itm:
+        matched = max(1, round(is_positive.shape[0] * matched_share))
+        itm, itm_accuracy = _match(model, images.image, batch.text, similarity, is_positive, matched, negatives)
+    if with_itg:
+        itg = _caption(model, batch.told or batch.text, images.past, bos_id, label_smoothing)
+    return Stage1Losses(
+        itc=itc_loss(similarity, is_positive, label_smoothing=label_smoothing),
+        itm=itm,
+        itg=itg,
+        itc_accuracy=_share_found(image_embeds, text_embeds, is_positive),
+        itm_accuracy=itm_accuracy,
+        image_embeds=image_embeds,
+        text_embeds=text_embeds,
+    )
+
+
+def _match(
+    model: Blip2Stage1,
+    image: ImageKeyValues,
+    text: Text,
+    similarity: Similarities,
+    is_positive: Tensor,
+    matched: int,
+    negatives: NegativeRule,
+) -> tuple[Tensor, Tensor]:
+    """ITM over 3M pairs: (image, text), (negative image, text), (image, negative text), for the first M pairs."""
+    own = torch.arange(matched, device=is_positive.device)  # (M,)
+    negative_image = draw_negatives(similarity.text_to_image[own], is_positive[own], negatives)  # (M,)
+    negative_text = draw_negatives(similarity.image_to_text[own], is_positive[own], negatives)  # (M,)
+    image_rows = torch.cat([own, negative_image.clamp(min=0), own])
+    text_rows = torch.cat([own, own, negative_text.clamp(min=0)])
+    labels = torch.cat([torch.full_like(own, MATCH), _label(negative_image), _label(negative_text)])  # (3M,)
+    logits = model.match_logits(select_images(image, image_rows), text[text_rows])  # (3M, 2)
+    counted = labels != IGNORED
+    right = ((logits.argmax(dim=1) == labels) & counted).sum() / counted.sum()
+    return itm_loss(logits, labels), right
+
+
+def _caption(model: Blip2Stage1, text: Text, past: list[KeyValue], bos_id: int, label_smoothing: float) -> Tensor:
+    hidden = model.caption_hidden(caption_inputs(text.input_ids, bos_id), past)  # (B, T, D)
+    is_target = text.attention_mask[:, 1:].bool()  # (B, T-1): each token but the first is predicted
+    logits = model.vocabulary_logits(hidden[:, :-1][is_target])  # (M, V)
+    return itg_loss(logits, text.input_ids[:, 1:][is_target], label_smoothing=label_smoothing)
+
+
+def _label(negative: Tensor) -> Tensor:
+    """NO_MATCH where a negative was found, IGNORED where the row has none."""
+    return torch.where(negative >= 0, NO_MATCH, IGNORED)
+
+
+def _share_found(image_embeds: Tensor, text_embeds: Tensor, is_positive: Tensor) -> Tensor:
+    """How often the most similar text of an image is one of its own."""
+    best = image_text_similarity(image_embeds.detach(), text_embeds.detach()).argmax(dim=1)
+    return is_positive.gather(1, best[:, None]).float().mean()
