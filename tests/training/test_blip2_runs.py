@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2.checkpoints import frozen
+from blip2.checkpoints import frozen, lavis
 from blip2.errors import BadRecipe, MissingFile, UserError
 from blip2.training import compiled
+from blip2.training.build import bridge_weights
 from blip2.training.export import export
 from blip2.training.state import MODEL, OPTIMIZER, newest_checkpoint
 
@@ -93,6 +94,21 @@ def test_stage_2_starts_from_the_queries_of_stage_1(root, tmp_path):
     for name, parameter in started.named_parameters():
         if name.startswith(("qformer.", "query_tokens", "vision_layernorm.")):
             torch.testing.assert_close(parameter, trained.get_parameter(name), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "instruct"])
+def test_a_run_starts_from_a_model_folder_and_from_lavis(root, tmp_path, stage, monkeypatch):
+    monkeypatch.setattr(lavis, "HEAD_WIDTH", 8)  # the tiny model's
+    first = tmp_path / "first"
+    run_blip2(root, stage, first, steps=2)
+    part = "stage1" if stage == "stage1" else "generation"
+    export(tmp_path / "model", "tiny", **{part: first})
+    trained = {k: v for k, v in bridge_weights(str(first)).items() if not k.startswith("language_model.")}
+    lavis.write(tmp_path / "first.pth", trained, projection="llm_proj")
+    for source, tolerance in ((tmp_path / "model", 1e-3), (tmp_path / "first.pth", 0)):  # a folder holds float16
+        started = build_in(root, tiny_recipe(root, stage, init_from=str(source)), tmp_path / "x").module.model
+        for name, tensor in trained.items():
+            torch.testing.assert_close(started.state_dict()[name], tensor, atol=tolerance, rtol=tolerance)
 
 
 def test_a_start_that_does_not_fit_is_refused(root, tmp_path):

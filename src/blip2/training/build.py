@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from blip2 import paths
-from blip2.checkpoints import frozen
+from blip2.checkpoints import frozen, huggingface, lavis, native
 from blip2.data.features import CacheKey, FeatureCache, open_or_build
 from blip2.data.neighbours import Neighbours
 from blip2.data.sample import Sample
@@ -382,7 +382,7 @@ def start_from(model: nn.Module, recipe: Recipe) -> None:
     """
     if recipe.model.init_from is None:
         return
-    weights = bridge_weights(recipe.model.init_from)
+    weights = bridge_weights(recipe.model.init_from, "stage1" if recipe.stage == "stage1" else "generation")
     own = model.state_dict()
     shared = {name: tensor for name, tensor in weights.items() if name in own}
     for name, tensor in shared.items():
@@ -396,9 +396,26 @@ def start_from(model: nn.Module, recipe: Recipe) -> None:
     model.load_state_dict(shared, strict=False)
 
 
-def bridge_weights(source: str) -> dict[str, Tensor]:
-    """Trained tensors of a run (its newest checkpoint), a checkpoint folder or a safetensors file, by our names."""
+def bridge_weights(source: str, part: str = "stage1") -> dict[str, Tensor]:
+    """Trained tensors, by our names.
+
+    Args:
+        source: a run (its newest checkpoint), a checkpoint folder, a safetensors file; a model folder, ours or Hugging
+            Face's; a .pth of LAVIS.
+        part: which to take of a model folder that has two.
+
+    Raises:
+        MissingFile: nothing is there.
+        BadData, Untrusted: what is there cannot be read, or not safely.
+    """
     path = run_folder(source)
+    if path.suffix == ".pth":
+        return lavis.read(path).weights
+    if huggingface.is_checkpoint(path):
+        return huggingface.read_part(path, huggingface.read_settings(path))
+    if (path / native.SETTINGS_FILE).is_file():
+        settings = native.read_settings(path)
+        return native.load_part(path, settings, part if part in settings.parts else next(iter(settings.parts)))
     if not path.is_file():
         path = state.find_checkpoint(path) / state.MODEL
     if not path.is_file():

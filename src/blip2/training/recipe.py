@@ -64,7 +64,8 @@ class ModelSection:
     attention_dropout: Share = 0.1
     """Dropout on the Q-Former's attention weights; 0 keeps the fast attention kernels in use."""
     init_from: str | None = None
-    """A run folder, checkpoint or model folder whose weights the bridge starts from."""
+    """What the bridge's weights start from: a run (by name or folder), a checkpoint, a model folder of ours or Hugging
+    Face's, a .pth of LAVIS."""
     instruction_aware: bool = False
     """Show the instruction to the Q-Former too, as InstructBLIP does."""
 
