@@ -62,6 +62,15 @@ def test_an_encoder_decoder_language_model_trains_too(tmp_path, monkeypatch):
     assert run_blip2(tmp_path, "stage2", tmp_path / "run", steps=3).finished
 
 
+@pytest.mark.parametrize(("task", "longest"), [("question", 2), ("caption", 3)])
+def test_answers_and_captions_are_cut_at_their_own_lengths(root, tmp_path, task, longest):
+    recipe = tiny_recipe(root, "instruct")
+    mixture = (dataclasses.replace(recipe.data.mixture[0], task=task),)
+    data = dataclasses.replace(recipe.data, mixture=mixture, max_answer_length=2, max_text_length=3)
+    batches = build_in(root, dataclasses.replace(recipe, data=data), tmp_path / "run").batches
+    assert batches(0).target.input_ids.shape[1] == longest
+
+
 @pytest.mark.parametrize(("stage", "is_split"), [("stage2", True), ("instruct", False)])
 def test_captions_are_split_for_an_encoder_decoder_language_model_in_stage_2(tmp_path, monkeypatch, stage, is_split):
     make_parts(tmp_path, decoder_only=False)

@@ -163,18 +163,20 @@ class LanguageTokenizer:
         return pad(rows, self.pad_id, side=self.prompt_padding)
 
     def encode_targets(
-        self, targets: Sequence[str], *, max_length: int | None = None, append_eos: bool = True
+        self, targets: Sequence[str], *, max_length: int | Sequence[int] | None = None, append_eos: bool = True
     ) -> TextBatch:
         """Texts that continue a prompt, padded right, each with eos at its end.
 
         Args:
             targets: captions or answers, without a leading space.
-            max_length: longest row in tokens, eos included; a text that is cut ends without eos, for it goes on.
+            max_length: longest row in tokens, eos included, for all rows or for each; a text that is cut ends without
+                eos, for it goes on.
             append_eos: off for a beginning that the model is to continue.
         """
         end = [self.eos_id] if append_eos else []
         rows = [self._plain_ids(self._parting_space + target.strip()) + end for target in targets]
-        return pad([row[:max_length] for row in rows], self.pad_id)
+        limits = max_length if isinstance(max_length, Sequence) else [max_length] * len(rows)
+        return pad([row[:limit] for row, limit in zip(rows, limits, strict=True)], self.pad_id)
 
     def token_id(self, text: str) -> int:
         """The one token that `text` is.

@@ -166,13 +166,21 @@ class Stage2Batches:
         """The batch at positions number * batch_size and after."""
         items = self.reader.items(number * self.batch_size, self.batch_size)
         texts = [self.texts(item) for item in items]
-        return self.batch(_stacked(items), *zip(*texts, strict=True))
+        answer, caption = self.data.max_answer_length, self.data.max_text_length
+        limits = [caption if item.question is None else answer for item in items]
+        return self.batch(_stacked(items), *zip(*texts, strict=True), limits=limits)
 
     def batch(
-        self, features: Tensor, instructions: Sequence[str], prompts: Sequence[str], targets: Sequence[str]
+        self,
+        features: Tensor,
+        instructions: Sequence[str],
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        *,
+        limits: Sequence[int] | None = None,
     ) -> Stage2Batch:
-        """Tokenised texts beside ready features (B, N, Dv)."""
-        target = self.language_tokenizer.encode_targets(list(targets), max_length=self.data.max_text_length)
+        """Tokenised texts beside ready features (B, N, Dv); `limits` are the targets' longest lengths in tokens."""
+        target = self.language_tokenizer.encode_targets(list(targets), max_length=limits or self.data.max_text_length)
         prompt = self.language_tokenizer.encode_prompts(list(prompts))
         return Stage2Batch(features, as_text(prompt), as_text(target), self.instruction(instructions))
 
