@@ -34,7 +34,8 @@ def test_their_sum_has_lavis_gradients(loaded, losses):
     found = lavis_golden.gradients(*loaded)
     assert len(found) == 6
     for name, gradient in found.items():
-        torch.testing.assert_close(gradient, loaded[0][f"gradient.{name}"], **CLOSE)
+        expected = loaded[0][f"gradient.{name}"]
+        torch.testing.assert_close(gradient, expected, atol=1e-5, rtol=1e-5)  # that of the temperature is 16
 
 
 @torch.inference_mode()
