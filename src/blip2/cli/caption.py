@@ -20,7 +20,9 @@ def caption(
     best_of: Annotated[
         int | None,
         typer.Option(
-            min=1, max=64, help="Make so many captions and give the one most similar to the picture; mini: 8."
+            min=1,
+            max=64,
+            help="Make so many captions and give the one most similar to the picture; by default as the model says.",
         ),
     ] = None,
     beams: options.Beams = None,
