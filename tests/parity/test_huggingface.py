@@ -84,12 +84,10 @@ def test_the_loss_is_the_same(peers, loaded, kind):
     if generator.language_model.is_encoder_decoder:
         theirs = peer.model(**inputs, labels=told.input_ids).loss
     else:
-        whole = {
-            name: torch.cat([inputs[name], torch.ones_like(told.input_ids)], dim=1) for name in ("attention_mask",)
-        }
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(told.input_ids)], dim=1)
         ids = torch.cat([inputs["input_ids"], told.input_ids], dim=1)
         labels = torch.cat([torch.full_like(inputs["input_ids"], -100), told.input_ids], dim=1)
-        theirs = peer.model(**{**inputs, **whole, "input_ids": ids}, labels=labels).loss
+        theirs = peer.model(**{**inputs, "attention_mask": mask, "input_ids": ids}, labels=labels).loss
     visual_prompt = generator.visual_prompt(model.image_features(image), PROMPTS[:1])
     prompt = generator.tokenizer.encode_prompts(PROMPTS[:1])
     ours = generator.language_model.token_losses(

@@ -17,10 +17,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from blip2.checkpoints.frozen import read_config, require_safetensors
-from blip2.checkpoints.lavis import INSTRUCT_CAPTION
+from blip2.checkpoints.frozen import BLIP2_TYPES, read_config, require_safetensors
+from blip2.checkpoints.lavis import original_prompts
 from blip2.checkpoints.names import Format, Names
-from blip2.checkpoints.native import FrozenPart, ModelSettings, PartFile, Prompts
+from blip2.checkpoints.native import FrozenPart, ModelSettings, PartFile
 from blip2.checkpoints.trust import check_configuration
 from blip2.errors import BadData, UnknownModel
 from blip2.model.config import QFormerConfig
@@ -28,14 +28,11 @@ from blip2.model.qformer import initialise
 from blip2.model.stage1 import INITIAL_TEMPERATURE, Blip2Stage1
 from blip2.model.vision import CLIP_MEAN, CLIP_STD
 
-MODEL_TYPES = {"blip-2": "BLIP-2", "instructblip": "InstructBLIP"}
-OPT_QUESTION, T5_QUESTION = "Question: {} Answer:", "Question: {} Short answer:"  # the paper's (section 4.1)
-
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a model in this layout."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") in MODEL_TYPES
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") in BLIP2_TYPES
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -62,7 +59,7 @@ def read_settings(folder: Path) -> ModelSettings:
         image_std=_three(pictures.get("image_std") or CLIP_STD),
         instruction_aware=is_instruct,
         max_text_tokens=config.qformer_config.max_position_embeddings,
-        prompts=_prompts(config, is_instruct=is_instruct),
+        prompts=original_prompts(is_instruct=is_instruct, is_encoder_decoder=config.text_config.is_encoder_decoder),
         parts={part: PartFile(file="config.json", sha256="")},
     )
 
@@ -83,7 +80,7 @@ def read_part(folder: Path, settings: ModelSettings) -> dict[str, Tensor]:
 
 
 def stored_sizes(folder: Path, settings: ModelSettings) -> tuple[int, int]:
-    """Parameters and bytes of the bridge as stored, read from the headers."""
+    """Parameters and bytes of the bridge as stored; the files are mapped, not read."""
     way = Names(_format(settings), "blip2")
     tensors = [read(name) for name, read in _stored(folder) if way.translate(name) is not None]
     return sum(tensor.numel() for tensor in tensors), sum(tensor.nbytes for tensor in tensors)
@@ -156,13 +153,6 @@ def _qformer_config(config: Any) -> QFormerConfig:
         initializer_range=qformer.initializer_range,
         embed_dim=getattr(config, "image_text_hidden_size", 256),
     )
-
-
-def _prompts(config: Any, *, is_instruct: bool) -> Prompts:
-    if is_instruct:
-        return Prompts(caption=INSTRUCT_CAPTION, caption_instruction=INSTRUCT_CAPTION, question="{}")
-    question = T5_QUESTION if config.text_config.is_encoder_decoder else OPT_QUESTION
-    return Prompts(caption="a photo of", caption_instruction="", question=question)
 
 
 def _image_settings(folder: Path) -> dict[str, Any]:

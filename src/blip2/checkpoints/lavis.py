@@ -82,12 +82,13 @@ def read(path: Path) -> Bridge:
         raise BadData(f"{path} holds {len(unknown)} weights of no known name, the first is {unknown[0]}.")
     projection = next((name for name in PROJECTIONS if f"{name}.weight" in state), None)
     reads_text = "embeddings.word_embeddings.weight" in weights
+    is_instruct = projection is not None and reads_text
     return Bridge(
         part="generation" if projection else "stage1",
         weights=weights,
         config=_config(weights, path),
-        instruction_aware=projection is not None and reads_text,
-        prompts=_prompts(projection, is_instruct=reads_text),
+        instruction_aware=is_instruct,
+        prompts=original_prompts(is_instruct=is_instruct, is_encoder_decoder=projection == "t5_proj"),
         projection=projection,
     )
 
@@ -158,8 +159,9 @@ def _config(weights: Mapping[str, Tensor], path: Path) -> QFormerConfig:
     )
 
 
-def _prompts(projection: str | None, *, is_instruct: bool) -> Prompts:
-    if projection and is_instruct:
+def original_prompts(*, is_instruct: bool, is_encoder_decoder: bool) -> Prompts:
+    """The prompts of the originals: the paper's (section 4.1) for either kind of LLM, or InstructBLIP's."""
+    if is_instruct:
         return Prompts(caption=INSTRUCT_CAPTION, caption_instruction=INSTRUCT_CAPTION, question="{}")
-    question = "Question: {} Short answer:" if projection == "t5_proj" else "Question: {} Answer:"
+    question = "Question: {} Short answer:" if is_encoder_decoder else "Question: {} Answer:"
     return Prompts(caption="a photo of", caption_instruction="", question=question)
