@@ -1,6 +1,6 @@
 """Stage 2 with and without stage 1, same budget (the paper's figure 5): trains both, draws both, prints both.
 
-    python benchmarks/stage1_helps.py --steps 250 --out docs/images/stage1-helps.png
+    python benchmarks/stage1_helps.py --steps 600 --start mini-stage1 --out docs/images/stage1-helps.png
 
 Needs the open training set (`blip2 data build`) and a finished stage 1 (`blip2 train mini/stage1`). Both runs go
 on where they stood if they are broken off.
@@ -10,22 +10,27 @@ import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from blip2 import paths
 from blip2.training.plots import compare_runs
 
-STARTS = {"with stage 1": "mini-stage1", "without stage 1": None}
+WITH, WITHOUT = "with stage 1", "without stage 1"
 METRICS = {"loss": "loss on captions of the held-out style", "exact": "captions equal to the label"}
 
 
 def main() -> None:
     """Trains, then compares."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=250, help="optimiser steps of each run, 64 pictures a step")
+    parser.add_argument("--start", default="mini-stage1", help="a run of stage 1, or a model folder that holds one")
+    parser.add_argument("--steps", type=int, default=600, help="optimiser steps of each run, 64 pictures a step")
+    parser.add_argument("--at-once", type=int, default=1, choices=(1, 2), help="2: both at once, one thread each")
     parser.add_argument("--out", type=Path, default=Path("docs/images/stage1-helps.png"))
     args = parser.parse_args()
-    runs = {label: _run(label, start, args.steps) for label, start in STARTS.items()}
+    with ThreadPoolExecutor(args.at_once) as pool:
+        lines = pool.map(lambda label: _run(label, args), (WITH, WITHOUT))
+    runs = dict(zip((WITH, WITHOUT), lines, strict=True))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     compare_runs(runs, "held_out_style/loss", args.out, title=f"Stage 2: {METRICS['loss']}")
     last = {label: [line for line in lines if line["kind"] == "evaluate"] for label, lines in runs.items()}
@@ -35,10 +40,17 @@ def main() -> None:
             print(f"{meaning}, {label}: {values}")
 
 
-def _run(label: str, start: str | None, steps: int) -> list[dict]:
+def _run(label: str, args: argparse.Namespace) -> list[dict]:
     folder = paths.runs_dir() / f"stage2-{label.replace(' ', '-')}"
-    command = [Path(sys.executable).with_name("blip2"), "train", "mini/stage2", "--out", folder, "--steps", str(steps)]
-    subprocess.run([*command, "--set", f"model.init_from={json.dumps(start)}"], check=True)
+    changes = {
+        "model.init_from": json.dumps(args.start if label == WITH else None),
+        "training.steps": args.steps,
+        "training.threads": 1 if args.at_once == 2 else "null",
+    }
+    command = [Path(sys.executable).with_name("blip2"), "train", "mini/stage2", "--out", folder]
+    subprocess.run(
+        [*command, *(part for name, value in changes.items() for part in ("--set", f"{name}={value}"))], check=True
+    )
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 

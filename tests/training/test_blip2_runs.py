@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from blip2.checkpoints import frozen, lavis
+from blip2.checkpoints import frozen, lavis, native
 from blip2.errors import BadRecipe, MissingFile, UserError
 from blip2.training import compiled
 from blip2.training.build import bridge_weights
 from blip2.training.export import export
+from blip2.training.loop import train
 from blip2.training.state import MODEL, OPTIMIZER, newest_checkpoint
 
 from .tiny_blip2 import build_in, make_parts, run_blip2, tiny_recipe
@@ -50,8 +51,6 @@ def test_training_leaves_the_frozen_language_model_as_it_was(root, tmp_path, sta
     before = frozen.fingerprint(language_model)
     optimized = [p for p in job.module.parameters() if p.requires_grad]
     assert not {id(p) for p in optimized} & {id(p) for p in language_model.parameters()}
-    from blip2.training.loop import train
-
     train(job, recipe, tmp_path)
     assert frozen.fingerprint(language_model) == before
     assert all(p.grad is None for p in language_model.parameters())
@@ -105,6 +104,20 @@ def test_stage_2_starts_from_the_queries_of_stage_1(root, tmp_path):
             torch.testing.assert_close(parameter, trained.get_parameter(name), atol=0, rtol=0)
 
 
+def test_the_projection_starts_small_unless_it_comes_from_a_run(root, tmp_path):
+    whole, small = (
+        build_in(root, tiny_recipe(root, "stage2", projection_scale=scale), tmp_path / "x").module.model
+        for scale in (1.0, 0.1)
+    )
+    torch.testing.assert_close(small.language_projection.weight, 0.1 * whole.language_projection.weight)
+    torch.testing.assert_close(small.query_tokens, whole.query_tokens)
+    run_blip2(root, "stage2", tmp_path / "first", steps=1)
+    again = tiny_recipe(root, "stage2", projection_scale=0.1, init_from=str(tmp_path / "first"))
+    trained = bridge_weights(str(tmp_path / "first"))["language_projection.weight"]
+    taken = build_in(root, again, tmp_path / "x").module.model.language_projection.weight
+    torch.testing.assert_close(taken, trained, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("stage", ["stage1", "instruct"])
 def test_a_run_starts_from_a_model_folder_and_from_lavis(root, tmp_path, stage, monkeypatch):
     monkeypatch.setattr(lavis, "HEAD_WIDTH", 8)  # the tiny model's
@@ -146,6 +159,31 @@ def test_an_exported_model_says_what_the_trained_one_would(root, tmp_path):
         export(tmp_path / "other", "tiny", generation=tmp_path / "i", caption_best_of=3)
     with pytest.raises(BadRecipe, match="stage1"):
         export(tmp_path / "other", "tiny", generation=tmp_path / "s1")
+
+
+def test_runs_of_one_part_are_averaged(root, tmp_path):
+    run_blip2(root, "stage1", tmp_path / "first", steps=2)
+    recipe = tiny_recipe(root, "stage1", init_from=str(tmp_path / "first"), steps=3)
+    train(build_in(root, recipe, tmp_path / "second"), recipe, tmp_path / "second")
+    export(tmp_path / "model", "tiny", stage1={tmp_path / "first": 0.6, tmp_path / "second": 1.4})
+    first, second, both = (bridge_weights(str(tmp_path / name)) for name in ("first", "second", "model"))
+    assert any((first[name] - second[name]).abs().max() > 1e-3 for name in both)
+    for name, tensor in both.items():
+        torch.testing.assert_close(tensor, 0.3 * first[name] + 0.7 * second[name], atol=1e-3, rtol=1e-3)
+    shares = native.read_settings(tmp_path / "model").notes["recipes"]["stage1"]
+    assert [entry["share"] for entry in shares] == [0.3, 0.7]
+    assert shares[1]["recipe"]["model"]["init_from"] == str(tmp_path / "first")
+
+
+def test_runs_that_cannot_be_averaged_are_named(root, tmp_path):
+    run_blip2(root, "stage1", tmp_path / "first", steps=1)
+    recipe = tiny_recipe(root, "stage1", num_query_tokens=5)
+    train(build_in(root, recipe, tmp_path / "second"), recipe, tmp_path / "second")
+    with pytest.raises(BadRecipe, match="num_query_tokens"):
+        export(tmp_path / "model", "tiny", stage1={tmp_path / "first": 1.0, tmp_path / "second": 1.0})
+    with pytest.raises(BadRecipe, match="above 0"):
+        export(tmp_path / "model", "tiny", stage1={tmp_path / "first": -1.0})
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.slow

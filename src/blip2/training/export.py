@@ -1,5 +1,6 @@
 """Finished runs -> a model folder that `blip2.load` reads: the retrieval part, the generating part, or both."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,41 +28,71 @@ SHARED = (
     "freeze_word_embeddings",
 )
 
+Runs = Path | Mapping[Path, float] | None  # one run, or runs and the weight of each in their average
+
 
 def export(
     folder: Path,
     name: str,
     *,
-    stage1: Path | None = None,
-    generation: Path | None = None,
+    stage1: Runs = None,
+    generation: Runs = None,
     caption_best_of: int = 1,
 ) -> native.ModelSettings:
-    """Writes a model folder from one run or two.
+    """Writes a model folder from one run or two, or from averages of runs.
+
+    Runs that began from one another can be averaged, weight by weight, which often does better than any of them
+    (model soups, Wortsman et al. 2022). Runs from different starts cannot: their average knows nothing.
 
     Args:
         folder: where to; replaced as a whole if it is there.
         name: what the model is called.
-        stage1: run or checkpoint of stage 1, which can embed and match.
-        generation: run or checkpoint of stage 2 or instruct, which can caption and answer.
+        stage1: run or checkpoint of stage 1, which can embed and match; or several and the weight of each.
+        generation: the same of stage 2 or instruct, which can caption and answer.
         caption_best_of: how many captions the model makes where nobody says, for the retrieval part to choose one.
 
     Raises:
-        BadRecipe: no run is given, a choice of captions without both, a run is of the wrong stage, or the two differ
-            in what they share.
+        BadRecipe: no run is given, a choice of captions without both, a run is of the wrong stage, or runs differ in
+            what they share; weights that are not positive.
         MissingFile: a path that holds no complete checkpoint.
     """
-    runs = {part: _read(path, part) for part, path in (("stage1", stage1), ("generation", generation)) if path}
-    if not runs:
+    given = {part: runs for part, runs in (("stage1", stage1), ("generation", generation)) if runs}
+    if not given:
         raise BadRecipe("There is nothing to export: give a run of stage 1, of stage 2 or instruct, or both.")
-    if caption_best_of > 1 and len(runs) < 2:
+    if caption_best_of > 1 and len(given) < 2:
         raise BadRecipe("To choose among captions takes both parts: give a run of stage 1 and one of generation.")
-    recipes = [recipe for recipe, _ in runs.values()]
+    read = {part: _Part(part, runs if isinstance(runs, Mapping) else {runs: 1.0}) for part, runs in given.items()}
+    recipes = [recipe for part in read.values() for recipe in part.recipes]
     _check_alike(recipes)
     taken = (WORD_EMBEDDINGS,) if recipes[0].model.freeze_word_embeddings else ()
     settings = _settings(name, recipes[-1], taken)
-    notes: dict[str, Any] = {"recipes": {part: to_settings(recipe) for part, (recipe, _) in runs.items()}}
-    parts = {part: {k: v for k, v in weights.items() if k not in taken} for part, (_, weights) in runs.items()}
+    notes: dict[str, Any] = {"recipes": {name: part.notes() for name, part in read.items()}}
+    parts = {name: {k: v for k, v in part.weights.items() if k not in taken} for name, part in read.items()}
     return native.save_model_folder(folder, replace(settings, notes=notes, caption_best_of=caption_best_of), parts)
+
+
+class _Part:
+    """What the runs of one part hold: their recipes and the average of their weights."""
+
+    def __init__(self, part: str, runs: Mapping[Path, float]) -> None:
+        if min(runs.values()) <= 0:
+            raise BadRecipe(f"{part}: the weight of a run in an average must be above 0.")
+        self.shares = [weight / sum(runs.values()) for weight in runs.values()]
+        self.recipes: list[Recipe] = []
+        self.weights: dict[str, Tensor] = {}
+        for path, share in zip(runs, self.shares, strict=True):
+            recipe, weights = _read(path, part)
+            if self.recipes:
+                _check_alike([self.recipes[0], recipe])
+                if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in self.weights.items()}:
+                    raise BadRecipe(f"{path} cannot be averaged with the run before it: their weights differ in shape.")
+            self.recipes.append(recipe)
+            for name, tensor in weights.items():
+                self.weights[name] = self.weights.get(name, 0) + share * tensor
+
+    def notes(self) -> list[dict[str, Any]]:
+        pairs = zip(self.shares, self.recipes, strict=True)
+        return [{"share": round(share, 6), "recipe": to_settings(recipe)} for share, recipe in pairs]
 
 
 def _read(path: Path, part: str) -> tuple[Recipe, dict[str, Tensor]]:
@@ -77,9 +108,7 @@ def _check_alike(recipes: list[Recipe]) -> None:
     first, last = recipes[0].model, recipes[-1].model
     for field in SHARED:
         if getattr(first, field) != getattr(last, field):
-            raise BadRecipe(
-                f"The two runs differ in model.{field}: {getattr(first, field)} and {getattr(last, field)}."
-            )
+            raise BadRecipe(f"The runs differ in model.{field}: {getattr(first, field)} and {getattr(last, field)}.")
 
 
 def _settings(name: str, recipe: Recipe, taken: tuple[str, ...]) -> native.ModelSettings:
