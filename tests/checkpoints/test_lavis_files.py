@@ -107,9 +107,6 @@ def test_what_is_no_checkpoint_is_told_apart(tmp_path, stage1_pth):
     torch.save({"model": {"weight": torch.ones(2)}}, tmp_path / "other.pth")
     with pytest.raises(BadData, match="is no checkpoint of BLIP-2"):
         lavis.read(tmp_path / "other.pth")
-    torch.save({"model": lavis_state() | {"visual_encoder.cls_token": torch.ones(1)}}, tmp_path / "tuned.pth")
-    with pytest.raises(BadData, match="fine-tuned"):
-        lavis.read(tmp_path / "tuned.pth")
     torch.save({"model": lavis_state() | {"surprise": torch.ones(1)}}, tmp_path / "more.pth")
     with pytest.raises(BadData, match="1 weights of no known name, the first is surprise"):
         lavis.read(tmp_path / "more.pth")
@@ -127,13 +124,14 @@ def test_what_a_pth_cannot_say_has_to_be_given(tmp_path, stage1_pth, monkeypatch
     assert not (tmp_path / "x").exists()
 
 
-def test_two_parts_want_a_choice_and_left_out_weights_are_told(tmp_path):
+def test_two_parts_want_a_choice_and_what_a_text_start_holds_is_written_too(tmp_path):
     tiny = make_tiny_model(tmp_path)
-    with pytest.raises(MissingPart, match=r"and a \.pth holds one"):
+    with pytest.raises(MissingPart, match=r"one is converted. Add --part"):
         run(tiny.model, tmp_path / "x.pth", "--to", "lavis")
-    with pytest.raises(UserError, match="LAVIS would lack it"):
-        run(tiny.model, tmp_path / "x.pth", "--to", "lavis", "--part", "stage1")
     assert not (tmp_path / "x.pth").exists()
+    run(tiny.model, tmp_path / "x.pth", "--to", "lavis", "--part", "stage1")
+    words = torch.load(tmp_path / "x.pth", weights_only=True)["model"]["Qformer.bert.embeddings.word_embeddings.weight"]
+    torch.testing.assert_close(words, blip2.load(tiny.model).retriever.model.embeddings.word_embeddings.weight)
 
 
 def test_every_weight_of_stage_1_has_a_name_everywhere_it_may():

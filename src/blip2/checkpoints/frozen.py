@@ -164,7 +164,7 @@ def load_text_init(name_or_path: str) -> TextInit:
         UnknownModel: neither a known name, nor a folder, nor to be had from the hub; or no BERT.
         Untrusted: its weights are pickles.
     """
-    folder = TEXT_INIT[name_or_path]() if name_or_path in TEXT_INIT else _local_folder(name_or_path, TEXT_INIT)
+    folder = text_init_folder(name_or_path)
     config = read_config(folder, name_or_path)
     if not isinstance(config, BertConfig):
         raise UnknownModel(f"{name_or_path} is a {config.model_type}, and a Q-Former can start from a BERT only.")
@@ -175,6 +175,11 @@ def load_text_init(name_or_path: str) -> TextInit:
     if not tokenizer_files:
         raise MissingFile(f"{folder} has neither tokenizer.json nor vocab.txt. Add the one that belongs to the model.")
     return TextInit(state_dict, tokenizer_files[0], config)
+
+
+def text_init_folder(name_or_path: str) -> Path:
+    """The folder of a text initialisation, in Hugging Face's layout; arguments and errors as in `load_text_init`."""
+    return TEXT_INIT[name_or_path]() if name_or_path in TEXT_INIT else _local_folder(name_or_path, TEXT_INIT)
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -4,29 +4,35 @@
     *.safetensors            vision_model.*, the bridge, language_model.* (shards are read one by one)
     processor_config.json or preprocessor_config.json    size and normalisation of the pictures
     tokenizer files          of the LLM; for retrieval BERT's. InstructBLIP has BERT's in qformer_tokenizer/
+    blip2/extras.safetensors what the layout has no place for, where `huggingface_writer` wrote the folder
 
 The frozen parts of such a folder are loaded by `checkpoints.frozen`, which takes the folder for a name.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from blip2.checkpoints.frozen import BLIP2_TYPES, read_config, require_safetensors
 from blip2.checkpoints.lavis import original_prompts
 from blip2.checkpoints.names import Format, Names
-from blip2.checkpoints.native import FrozenPart, ModelSettings, PartFile
+from blip2.checkpoints.native import FrozenPart, ModelSettings, PartFile, Prompts
 from blip2.checkpoints.trust import check_configuration
-from blip2.errors import BadData, UnknownModel
+from blip2.errors import BadData, UnknownModel, Untrusted
 from blip2.model.config import QFormerConfig
 from blip2.model.qformer import initialise
 from blip2.model.stage1 import INITIAL_TEMPERATURE, Blip2Stage1
 from blip2.model.vision import CLIP_MEAN, CLIP_STD
+
+QFORMER_TOKENIZER = "qformer_tokenizer"
+EXTRAS = Path("blip2") / "extras.safetensors"
+EXTRA_SETTINGS = ("prompts", "max_text_tokens", "stop")  # kept with them
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -49,7 +55,7 @@ def read_settings(folder: Path) -> ModelSettings:
     pictures = _image_settings(folder)
     is_instruct = config.model_type == "instructblip"
     size = pictures.get("size") or {}
-    return ModelSettings(
+    settings = ModelSettings(
         name=folder.name,
         vision=FrozenPart(str(folder)),
         language=FrozenPart(str(folder)) if part == "generation" else None,
@@ -62,10 +68,28 @@ def read_settings(folder: Path) -> ModelSettings:
         prompts=original_prompts(is_instruct=is_instruct, is_encoder_decoder=config.text_config.is_encoder_decoder),
         parts={part: PartFile(file="config.json", sha256="")},
     )
+    return replace(settings, **_extra_settings(folder))
 
 
-def read_part(folder: Path, settings: ModelSettings) -> dict[str, Tensor]:
-    """The bridge's weights by our names, in float32; what the format does not hold is not there.
+def _extra_settings(folder: Path) -> dict[str, Any]:
+    if not (folder / EXTRAS).is_file():
+        return {}
+    with _open(folder / EXTRAS) as file:
+        try:
+            told = json.loads((file.metadata() or {})["settings"])
+            made = {name: told[name] for name in EXTRA_SETTINGS}
+            return made | {"prompts": Prompts(**made["prompts"])}
+        except (ValueError, KeyError, TypeError) as error:
+            raise BadData(f"{folder / EXTRAS} is broken ({error!r}). Write the folder again.") from None
+
+
+def read_part(folder: Path, settings: ModelSettings, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
+    """The bridge's weights by our names; what the folder does not hold is not there.
+
+    Args:
+        folder: in Hugging Face's layout.
+        settings: as `read_settings` gave them.
+        dtype: of the weights; None: each as it is stored.
 
     Raises:
         Untrusted: weights as pickles, or a safetensors file whose header lies.
@@ -75,8 +99,11 @@ def read_part(folder: Path, settings: ModelSettings) -> dict[str, Tensor]:
     for name, read in _stored(folder):
         ours = way.translate(name)
         if ours is not None:
-            weights[ours] = read(name).float()
-    return weights
+            weights[ours] = read(name)
+    if (folder / EXTRAS).is_file():
+        with _open(folder / EXTRAS) as file:
+            weights |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+    return weights if dtype is None else {name: tensor.to(dtype) for name, tensor in weights.items()}
 
 
 def stored_sizes(folder: Path, settings: ModelSettings) -> tuple[int, int]:
@@ -90,26 +117,36 @@ def _format(settings: ModelSettings) -> Format:
     return "hf-instruct" if settings.instruction_aware else "hf"
 
 
-def untrained_start(model: nn.Module) -> set[str]:
-    """Gives a model what the format does not hold: ITC's temperature, and ITG's head as BERT starts it.
+def untrained_start(model: nn.Module, state: Mapping[str, Tensor]) -> set[str]:
+    """Gives a model what a checkpoint from Hugging Face lacks: ITC's temperature, and ITG's head as BERT starts it.
 
     Returns:
-        Names of these weights; empty for a model of stage 2.
+        Names of these weights; empty for a model of stage 2, and where `state` has any of them.
     """
     if not isinstance(model, Blip2Stage1):
+        return set()
+    lacking = {"temperature", *(f"lm_head.{name}" for name, _ in model.lm_head.named_parameters())}
+    if lacking & state.keys():
         return set()
     with torch.no_grad():
         model.temperature.fill_(INITIAL_TEMPERATURE)
         model.lm_head.bias.zero_()
         model.lm_head.LayerNorm.reset_parameters()
     initialise(model.lm_head, model.config)
-    return {"temperature", *(f"lm_head.{name}" for name, _ in model.lm_head.named_parameters())}
+    return lacking
 
 
 def tokenizer_folder(folder: Path) -> Path:
     """Where the Q-Former's tokenizer lies."""
-    own = folder / "qformer_tokenizer"
+    own = folder / QFORMER_TOKENIZER
     return own if own.is_dir() else folder
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise Untrusted(f"{path} is no whole safetensors file ({error}). Write the folder again.") from None
 
 
 def _stored(folder: Path) -> Iterator[tuple[str, Any]]:

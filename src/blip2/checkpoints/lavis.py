@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip2.checkpoints import eva
 from blip2.checkpoints.names import Names
 from blip2.checkpoints.native import Prompts
 from blip2.errors import BadData, MissingFile, Untrusted
@@ -26,7 +27,6 @@ PROJECTIONS = ("opt_proj", "t5_proj", "llm_proj")
 SAME_TWICE = "Qformer.cls.predictions.decoder."  # the LM head's matrix is that of the word embeddings
 BUFFER = "Qformer.bert.embeddings.position_ids"
 INSTRUCT_CAPTION = "Write a short description for the image."  # one of InstructBLIP's (appendix)
-TUNED_ENCODER = "visual_encoder."
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Bridge:
         instruction_aware: whether the generating part's Q-Former reads the instruction.
         prompts: those of the paper for the kind of LLM; a stage-1 model has the captions' prompt only.
         projection: LAVIS's name of the linear map to the LLM; None in stage 1.
+        vision: an image encoder that was fine-tuned, by LAVIS's names without visual_encoder.; else empty.
     """
 
     part: str
@@ -48,6 +49,7 @@ class Bridge:
     instruction_aware: bool
     prompts: Prompts
     projection: str | None
+    vision: dict[str, Tensor]
 
     @property
     def stop(self) -> str:
@@ -61,21 +63,19 @@ def read(path: Path) -> Bridge:
     Raises:
         MissingFile: there is no such file.
         Untrusted: it holds more than tensors and plain values.
-        BadData: it is no checkpoint of BLIP-2, or holds a fine-tuned image encoder.
+        BadData: it is no checkpoint of BLIP-2.
     """
     state = _state(path)
     if "query_tokens" not in state or not any(name.startswith("Qformer.bert.encoder.") for name in state):
         raise BadData(f"{path} is no checkpoint of BLIP-2: it has no query_tokens and Qformer.")
-    if any(name.startswith(TUNED_ENCODER) for name in state):
-        raise BadData(
-            f"{path} holds an image encoder that was fine-tuned (visual_encoder.*), which is not read yet. Give a "
-            "checkpoint whose encoder stayed frozen, or its conversion in Hugging Face's layout."
-        )
     way, weights, unknown = Names("lavis", "blip2"), {}, []
+    vision: dict[str, Tensor] = {}
     for name, tensor in state.items():
         ours = way.translate(name)
         if ours is not None:
             weights[ours] = tensor
+        elif name.startswith(eva.PREFIX):
+            vision[name[len(eva.PREFIX) :]] = tensor
         elif name != BUFFER and not name.startswith(SAME_TWICE):
             unknown.append(name)
     if unknown:
@@ -90,19 +90,27 @@ def read(path: Path) -> Bridge:
         instruction_aware=is_instruct,
         prompts=original_prompts(is_instruct=is_instruct, is_encoder_decoder=projection == "t5_proj"),
         projection=projection,
+        vision=vision,
     )
 
 
-def write(path: Path, weights: Mapping[str, Tensor], *, projection: str = "opt_proj") -> None:
+def write(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    *,
+    projection: str = "opt_proj",
+    vision: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes a bridge by LAVIS's names, as LAVIS itself saves it, so that it can be loaded there.
 
     Args:
         path: the .pth; written beside its place and renamed.
         weights: by our names.
         projection: what the linear map to the LLM is called there: opt_proj, t5_proj or llm_proj.
+        vision: an image encoder that was fine-tuned, by LAVIS's names.
     """
     way = Names("blip2", "lavis")
-    state = {}
+    state = {f"{eva.PREFIX}{name}": tensor for name, tensor in (vision or {}).items()}
     for name, tensor in weights.items():
         theirs = way.translate(name)
         assert theirs is not None, f"{name} has no name in LAVIS"

@@ -3,6 +3,7 @@
     blip2.json               settings, written last: it holds the sha256 of every part
     stage1.safetensors       the retrieval part (ITC, ITM, ITG), float16
     generation.safetensors   the part that speaks through the language model, float16
+    qformer_tokenizer/       where no text initialisation is named, the Q-Former's tokenizer
 
 The frozen image encoder and language model are named, not copied. Nor are the Q-Former's word embeddings stored where
 training left them as its text initialisation had them: `from_text_init` lists what is taken from there.
@@ -12,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from blip2.model.config import QFormerConfig
 FORMAT = 1
 SETTINGS_FILE = "blip2.json"
 PARTS = {"stage1": "the retrieval part", "generation": "the generating part"}
+WITHIN = "./"  # begins the name of a frozen part that lies in the model folder itself
 FROZEN = ("vision_model.", "language_model.")
 
 
@@ -35,12 +38,16 @@ class FrozenPart:
     """A part that is named, not copied.
 
     Attributes:
-        name: as `checkpoints.frozen` knows it.
+        name: as `checkpoints.frozen` knows it; after ./ a folder within the model's.
         sha256: of its package, or of its weights where it comes from a folder; None = not checked.
     """
 
     name: str
     sha256: str | None = None
+
+    def place(self, folder: Path) -> str:
+        """The name, or the path within the model's folder that it stands for."""
+        return str(folder / self.name) if self.name.startswith(WITHIN) else self.name
 
 
 @dataclass(frozen=True)
@@ -108,7 +115,12 @@ class ModelSettings:
 
 
 def save_model_folder(
-    folder: Path | str, settings: ModelSettings, parts: dict[str, dict[str, Tensor]], *, halve: bool = True
+    folder: Path | str,
+    settings: ModelSettings,
+    parts: dict[str, dict[str, Tensor]],
+    *,
+    halve: bool = True,
+    folders: Mapping[str, Path] | None = None,
 ) -> ModelSettings:
     """Writes the folder beside its place and renames it, so that a reader finds the old one or the new one, whole.
 
@@ -119,6 +131,7 @@ def save_model_folder(
         settings: all but `parts`, which is filled here.
         parts: state dict of each part, by the names in PARTS; see `trained_state`.
         halve: store as float16; off, every weight keeps its dtype.
+        folders: name -> a folder to copy into this one under that name, such as the Q-Former's tokenizer.
 
     Returns:
         The settings as written.
@@ -136,6 +149,8 @@ def save_model_folder(
         written = {name: _write_part(beside, name, state, halve=halve) for name, state in parts.items()}
         settings = replace(settings, parts=written)
         _keep_other_files(folder, beside)
+        for name, source in (folders or {}).items():
+            shutil.copytree(source, beside / name)
         text = json.dumps(settings.to_dict(), indent=2, ensure_ascii=False) + "\n"
         (beside / SETTINGS_FILE).write_text(text, encoding="utf-8")
         _swap(beside, folder)
@@ -180,9 +195,10 @@ def _keep_other_files(old: Path, new: Path) -> None:
 
 def _swap(new: Path, place: Path) -> None:
     """Puts `new` at `place`; what was there goes once the new folder stands."""
-    for path in new.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+    for path in new.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     old = place.with_name(f".{place.name}.old-{os.getpid()}")
     if place.exists():
         place.rename(old)

@@ -125,7 +125,7 @@ class _Loader:
 
     def vision_model(self) -> ImageEncoder:
         vision_model = frozen.load_vision(
-            self.settings.vision.name, dtype=self.dtype, image_size=self.settings.image_size
+            self.settings.vision.place(self.folder), dtype=self.dtype, image_size=self.settings.image_size
         )
         self._check(self.settings.vision, vision_model)
         return vision_model.to(self.device).eval()
@@ -164,17 +164,20 @@ class _Loader:
         return language_model.to(self.device), tokenizer
 
     def _text_start(self) -> frozen.TextInit:
-        """The text initialisation's weights and its tokenizer's file."""
+        """The text initialisation's weights."""
         if self.settings.text_init is None:
-            raise BadData(f"{self.folder} names no text_init, so the Q-Former has no tokenizer. Save the model again.")
+            raise BadData(f"{self.folder} names no text_init, and takes weights from it. Save the model again.")
         if self._text_init is None:
             self._text_init = frozen.load_text_init(self.settings.text_init.name)
         return self._text_init
 
     def _text_tokenizer(self) -> QFormerTokenizer:
-        if self.is_hugging_face:
-            return QFormerTokenizer(huggingface.tokenizer_folder(self.folder))
-        return QFormerTokenizer(self._text_start().tokenizer_file)
+        own = huggingface.tokenizer_folder(self.folder)
+        if self.is_hugging_face or own != self.folder:
+            return QFormerTokenizer(own)
+        if self.settings.text_init is None:
+            raise BadData(f"{self.folder} names no text_init, so the Q-Former has no tokenizer. Save the model again.")
+        return QFormerTokenizer(frozen.text_init_folder(self.settings.text_init.name))
 
     def _fill(self, model: nn.Module, part: str) -> None:
         """Gives a module built on the meta device its weights: the stored ones, and those of the text start."""
@@ -184,9 +187,9 @@ class _Loader:
             load_text_weights(model, self._text_start().state_dict)
         if self.is_hugging_face:
             state = huggingface.read_part(self.folder, self.settings)
-            own_start |= huggingface.untrained_start(model)
         else:
             state = native.load_part(self.folder, self.settings, part)
+        own_start |= huggingface.untrained_start(model, state)
         own = model.state_dict()
         for name in sorted(state.keys() & own.keys()):
             if state[name].shape != own[name].shape:
