@@ -150,6 +150,14 @@ def language_config(name_or_path: str) -> Any:
     return config.text_config if config.model_type in BLIP2_TYPES else config
 
 
+def language_width(name_or_path: str) -> int:
+    """Dl, the width of a language model's embeddings; its weights are not read."""
+    config = language_config(name_or_path)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        return auto_class.from_config(config).get_input_embeddings().embedding_dim
+
+
 def _language_folder(name_or_path: str) -> Path:
     return LANGUAGE[name_or_path]() if name_or_path in LANGUAGE else _local_folder(name_or_path, LANGUAGE)
 

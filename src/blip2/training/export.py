@@ -65,7 +65,7 @@ def export(
     recipes = [recipe for part in read.values() for recipe in part.recipes]
     _check_alike(recipes)
     taken = (WORD_EMBEDDINGS,) if recipes[0].model.freeze_word_embeddings else ()
-    settings = _settings(name, recipes[-1], taken)
+    settings = model_settings(name, recipes[-1], taken)
     notes: dict[str, Any] = {"recipes": {name: part.notes() for name, part in read.items()}}
     parts = {name: {k: v for k, v in part.weights.items() if k not in taken} for name, part in read.items()}
     return native.save_model_folder(folder, replace(settings, notes=notes, caption_best_of=caption_best_of), parts)
@@ -111,7 +111,8 @@ def _check_alike(recipes: list[Recipe]) -> None:
             raise BadRecipe(f"The runs differ in model.{field}: {getattr(first, field)} and {getattr(last, field)}.")
 
 
-def _settings(name: str, recipe: Recipe, taken: tuple[str, ...]) -> native.ModelSettings:
+def model_settings(name: str, recipe: Recipe, taken: tuple[str, ...]) -> native.ModelSettings:
+    """blip2.json of a model with a recipe's parts; `taken` names what its text start holds and no part stores."""
     section = recipe.model
     vision = frozen.load_vision(section.vision)
     text_init = frozen.load_text_init(section.text_init)
