@@ -5,6 +5,7 @@
     data/       data sets built from the packages
     runs/       training runs
     features/   image features of frozen encoders
+    converted/  .pth files of the original code, as model folders
 
 A folder that is not there is made when something is put into it.
 """

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import blip2
 from blip2.checkpoints import eva, huggingface, lavis
 from blip2.cli.main import app
-from blip2.errors import BadData, MissingPart, UnknownModel, UserError
+from blip2.errors import BadData, MissingFile, MissingPart, UnknownModel, UserError
 
 GOLDEN = Path(__file__).parents[1] / "parity" / "golden" / "lavis_stage1.safetensors"
 
@@ -150,6 +150,25 @@ def test_what_hugging_faces_layout_has_no_place_for_is_said(tmp_path):
     assert not (tmp_path / "x").exists()
     with pytest.raises(UserError, match="written over"):
         convert(tiny.model, tiny.model, "--to", "blip2", "--part", "stage1")
+
+
+def test_a_pth_is_a_model_with_the_names_of_its_frozen_parts(peers, tmp_path, monkeypatch):
+    monkeypatch.setenv("BLIP2_HOME", str(tmp_path / "home"))
+    folder = peers("blip2-opt").folder
+    convert(folder, tmp_path / "a.pth", "--to", "lavis")
+    name = f"{tmp_path / 'a.pth'},vision={folder},llm={folder},image_size=28"
+    (image,), asked = pictures(1), {"prompts": [PROMPTS[0]], "num_beams": 2}
+    said = blip2.load(folder).generate([image], **asked)
+    assert [blip2.load(name).generate([image], **asked) for _ in range(2)] == [said, said]
+    assert len(list((tmp_path / "home" / "converted").iterdir())) == 1  # made once
+    for wrong, error, message in (
+        (f"{tmp_path / 'a.pth'},vision={folder}", UserError, r"a\.pth,llm=NAME as a model"),
+        (f"{tmp_path / 'a.pth'},tower=x", UserError, "has no part tower"),
+        (f"{tmp_path / 'a.pth'},image_size=big", UserError, "no number of pixels"),
+        (f"{tmp_path / 'b.pth'},vision={folder}", MissingFile, "There is no file"),
+    ):
+        with pytest.raises(error, match=message):
+            blip2.load(wrong)
 
 
 def test_an_encoder_of_another_make_is_named():

@@ -1,4 +1,4 @@
-"""Any image encoder with any LLM: `blip2 init` bridges them, the bridge learns through the frozen LLM, and it speaks."""
+"""Any image encoder with any LLM: `blip2 init` bridges them, the bridge learns through the frozen LLM, and speaks."""
 
 import dataclasses
 

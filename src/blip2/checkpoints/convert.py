@@ -125,10 +125,14 @@ def _from_lavis(source: Path, parts: FrozenNames) -> Bridge:
     stored = lavis.read(source)
     speaks = stored.part == "generation"
     if speaks and parts.language is None:
-        raise UserError(f"{source} speaks through a language model, which it does not name. Add it: --llm NAME.")
+        raise UserError(
+            f"{source} speaks through a language model, which it does not name. Add it: "
+            f"{source.name},llm=NAME as a model, --llm NAME to convert."
+        )
     if parts.vision is None and not stored.vision:
         raise UserError(
-            f"{source} does not name its image encoder. Add it: --vision NAME (Salesforce/blip2-opt-2.7b has it)."
+            f"{source} does not name its image encoder (Salesforce/blip2-opt-2.7b has it). Add it: "
+            f"{source.name},vision=NAME as a model, --vision NAME to convert."
         )
     settings = ModelSettings(
         name=source.stem,

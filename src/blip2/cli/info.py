@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def info(
     model: Annotated[
-        str | None, typer.Option("--model", "-m", help="A model's name or the path of its folder; none lists them all.")
+        str | None, typer.Option("--model", "-m", help="A model's name, folder or .pth; none lists them all.")
     ] = None,
     json: options.Json = False,
 ) -> None:

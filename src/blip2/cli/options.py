@@ -5,7 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[str, typer.Option("--model", "-m", help="A model's name or the path of its folder.")]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="A model's name, its folder, or FILE.pth,vision=NAME,llm=NAME.")
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on standard error.")]

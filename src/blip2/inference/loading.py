@@ -2,9 +2,12 @@
 
 Names are looked for in BLIP2_HOME/models and then, where the package runs from a checkout of the repository, in its
 weights/ folder; "owner/model" is one of the Hugging Face hub. A folder is ours (blip2.json) or in Hugging Face's
-layout. Frozen parts come from their packages or folders (`checkpoints.frozen`).
+layout. A .pth of LAVIS is followed by the names of its frozen parts ("x.pth,vision=NAME,llm=NAME") and converted once,
+into BLIP2_HOME/converted. Frozen parts come from their packages or folders (`checkpoints.frozen`).
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -14,8 +17,8 @@ import torch
 from torch import nn
 
 from blip2 import paths
-from blip2.checkpoints import frozen, huggingface, native
-from blip2.errors import BadData, MissingPart, UnknownModel, Untrusted
+from blip2.checkpoints import convert, frozen, huggingface, native
+from blip2.errors import BadData, MissingFile, MissingPart, UnknownModel, Untrusted, UserError
 from blip2.inference.blip2 import Blip2
 from blip2.inference.generation import Generator
 from blip2.inference.retrieval import Retriever
@@ -41,7 +44,8 @@ def load(
     """A model ready to use.
 
     Args:
-        name: of a model here or on the Hugging Face hub, or the path of a model folder, ours or Hugging Face's.
+        name: of a model here or on the Hugging Face hub, or the path of a model folder, ours or Hugging Face's, or of a
+            .pth with the names of its frozen parts (see `find_model`).
         device: where it computes.
         dtype: of the frozen parts. The trained parts are small and stay float32, as the paper keeps them.
         parts: which of "stage1" (to embed and match) and "generation" (to caption and answer) to load; None: all that
@@ -82,9 +86,18 @@ def read_settings(folder: Path) -> native.ModelSettings:
 def find_model(name: str | Path) -> Path:
     """The folder of a model by its name, path or name on the Hugging Face hub ("owner/model", fetched if need be).
 
+    Args:
+        name: that, or the path of a .pth of LAVIS and, after commas, what it does not say, as in
+            "x.pth,vision=NAME,llm=NAME". Also text_init (bert-base-uncased) and image_size (224) may follow.
+
     Raises:
         UnknownModel: there is none.
+        UserError: a .pth that lacks the name of a part, or has one of no known part.
+        MissingFile, BadData, Untrusted: a .pth that cannot be read, or not safely.
     """
+    file, suffix, told = str(name).partition(".pth")
+    if suffix and (not told or told.startswith(",")):
+        return _converted(Path(file + suffix).expanduser(), told.removeprefix(","))
     as_path = Path(name).expanduser()
     if as_path.is_dir():
         return as_path
@@ -100,6 +113,28 @@ def find_model(name: str | Path) -> Path:
         f"folder, copy the repository's weights/mini to {paths.models_dir() / 'mini'}, or train one: "
         "blip2 train mini/stage1."
     )
+
+
+def _converted(path: Path, told: str) -> Path:
+    """The model folder of a .pth, made on first use, and again where the file or the names have changed."""
+    given = dict(part.partition("=")[::2] for part in told.split(",") if part)
+    known = ("vision", "llm", "text_init", "image_size")
+    if unknown := given.keys() - set(known):
+        raise UserError(
+            f"A .pth has no part {', '.join(sorted(unknown))}. Known: {', '.join(known)}; as in vision=NAME."
+        )
+    if not given.get("image_size", "1").isdecimal():
+        raise UserError(f"image_size={given['image_size']} is no number of pixels.")
+    if not path.is_file():
+        raise MissingFile(f"There is no file {path}.")
+    size = int(given.get("image_size", convert.FrozenNames.image_size))
+    names = convert.FrozenNames(given.get("vision"), given.get("llm"), given.get("text_init", convert.BERT), size)
+    stat = path.stat()
+    key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, sorted(given.items())])
+    folder = paths.home() / "converted" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    if not (folder / native.SETTINGS_FILE).is_file():
+        convert.write_folder(convert.read(path, str(path), names), folder)
+    return folder
 
 
 def model_names() -> list[str]:
