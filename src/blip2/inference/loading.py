@@ -117,7 +117,8 @@ def find_model(name: str | Path) -> Path:
 
 def _converted(path: Path, told: str) -> Path:
     """The model folder of a .pth, made on first use, and again where the file or the names have changed."""
-    given = dict(part.partition("=")[::2] for part in told.split(",") if part)
+    pairs = [part.partition("=") for part in told.split(",") if part]
+    given = {name: value for name, _, value in pairs}
     known = ("vision", "llm", "text_init", "image_size")
     if unknown := given.keys() - set(known):
         raise UserError(
