@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import (
     BertTokenizer,
     Blip2Config,
@@ -49,6 +50,9 @@ def make(kind: str, folder: Path) -> Peer:
     """Writes a checkpoint of one of KINDS; the model given back is the one that was written."""
     torch.manual_seed(len(kind))
     model = _model(kind).eval()
+    if kind.endswith("t5"):  # FlanT5's head is its own
+        head = model.language_model.lm_head
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
     _wake(model)
     processor = _processor(kind, model.config)
     model.config.architectures = [type(model).__name__]
@@ -62,6 +66,27 @@ def pictures(count: int) -> list[Image.Image]:
     rng = np.random.default_rng(count)
     shapes = rng.integers(8, 90, (count, 2))
     return [Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in shapes]
+
+
+def token_losses(peer: Peer, model: Any, image: Image.Image, prompt: str, answer: str) -> tuple[Tensor, Tensor]:
+    """Cross-entropy (T,) of every token of an answer: by our model, and from the logits of Hugging Face's."""
+    generator = model.generator
+    inputs = peer.processor(images=[image], text=[prompt], padding=True, return_tensors="pt")
+    told = generator.tokenizer.encode_targets([answer])
+    if generator.language_model.is_encoder_decoder:
+        logits = peer.model(**inputs, labels=told.input_ids).logits
+    else:
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(told.input_ids)], dim=1)
+        ids = torch.cat([inputs["input_ids"], told.input_ids], dim=1)
+        logits = peer.model(**{**inputs, "attention_mask": mask, "input_ids": ids}).logits
+        logits = logits[:, -told.input_ids.shape[1] - 1 : -1]
+    theirs = torch.nn.functional.cross_entropy(logits[0], told.input_ids[0], reduction="none")
+    read = generator.tokenizer.encode_prompts([prompt])
+    visual_prompt = generator.visual_prompt(model.image_features(image), [prompt])
+    ours = generator.language_model.token_losses(
+        visual_prompt, read.input_ids, read.attention_mask, told.input_ids, told.attention_mask
+    )
+    return ours[0], theirs
 
 
 def _model(kind: str) -> Any:

@@ -196,11 +196,15 @@ def _fill(
     if language is not None:
         state |= {f"language_model.{name}": tensor for name, tensor in language.network.state_dict().items()}
     state |= Names("blip2", "hf-instruct" if settings.instruction_aware else "hf").rename(weights)
+    longer: dict[int, Tensor] = {}  # by address: tied weights stay one
     for name, parameter in model.state_dict().items():
         if name in state and state[name].ndim and state[name].shape[0] < parameter.shape[0]:
-            state[name] = _with_image_token(state[name], parameter.shape[0])
+            address = state[name].data_ptr()
+            if address not in longer:
+                longer[address] = _with_image_token(state[name], parameter.shape[0])
+            state[name] = longer[address]
+    # What is tied stays so through its memory; transformers' tie_weights would also tie FlanT5's head, which is its own.
     model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
 
 
 def _with_image_token(embeddings: Tensor, size: int) -> Tensor:
