@@ -127,7 +127,7 @@ def _model(kind: str) -> Any:
 
 
 def _language_config(kind: str) -> Any:
-    size = len(_language_tokenizer(kind)) + 1  # and the image token
+    size = len(language_tokenizer(kind)) + 1  # and the image token
     shape = {"vocab_size": size, "hidden_size": WIDTH, "num_attention_heads": 4, "num_hidden_layers": 2}
     ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     if kind.endswith("t5"):
@@ -155,13 +155,13 @@ def _processor(kind: str, config: Any) -> Any:
     image_processor = BlipImageProcessorPil(size={"height": 28, "width": 28})
     if kind == "blip2-retrieval":
         return Blip2Processor(image_processor, _bert_tokenizer())
-    tokenizer = _language_tokenizer(kind)
+    tokenizer = language_tokenizer(kind)
     if kind.startswith("instructblip"):
         return InstructBlipProcessor(image_processor, tokenizer, _bert_tokenizer(), num_query_tokens=NUM_QUERIES)
     return Blip2Processor(image_processor, tokenizer, num_query_tokens=NUM_QUERIES)
 
 
-def _language_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+def language_tokenizer(kind: str) -> PreTrainedTokenizerFast:
     """Byte-level, with what the family puts around a text: </s> before it (OPT), <s> (Llama), </s> after it (T5)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

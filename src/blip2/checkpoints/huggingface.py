@@ -10,7 +10,7 @@ The frozen parts of such a folder are loaded by `checkpoints.frozen`, which take
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -117,23 +117,26 @@ def _format(settings: ModelSettings) -> Format:
     return "hf-instruct" if settings.instruction_aware else "hf"
 
 
-def untrained_start(model: nn.Module, state: Mapping[str, Tensor]) -> set[str]:
-    """Gives a model what a checkpoint from Hugging Face lacks: ITC's temperature, and ITG's head as BERT starts it.
+def lacks(model: nn.Module, state: Mapping[str, Tensor]) -> set[str]:
+    """Names of a model's weights that a checkpoint from Hugging Face never has: ITC's temperature and ITG's head.
 
-    Returns:
-        Names of these weights; empty for a model of stage 2, and where `state` has any of them.
+    Empty for a model of stage 2, and where `state` has any of them.
     """
     if not isinstance(model, Blip2Stage1):
         return set()
-    lacking = {"temperature", *(f"lm_head.{name}" for name, _ in model.lm_head.named_parameters())}
-    if lacking & state.keys():
-        return set()
+    names = {"temperature", *(f"lm_head.{name}" for name, _ in model.lm_head.named_parameters())}
+    return set() if names & state.keys() else names
+
+
+def start_untrained(model: nn.Module, names: Collection[str]) -> None:
+    """Gives the weights that `lacks` names, if they are among `names`, the values training starts from."""
+    if not isinstance(model, Blip2Stage1) or "temperature" not in names:
+        return
     with torch.no_grad():
         model.temperature.fill_(INITIAL_TEMPERATURE)
         model.lm_head.bias.zero_()
         model.lm_head.LayerNorm.reset_parameters()
     initialise(model.lm_head, model.config)
-    return lacking
 
 
 def tokenizer_folder(folder: Path) -> Path:

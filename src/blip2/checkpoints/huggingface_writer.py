@@ -203,7 +203,7 @@ def _fill(
             if address not in longer:
                 longer[address] = _with_image_token(state[name], parameter.shape[0])
             state[name] = longer[address]
-    # What is tied stays so through its memory; transformers' tie_weights would also tie FlanT5's head, which is its own.
+    # What is tied stays so through its memory; transformers' tie_weights would tie FlanT5's head too, which is its own.
     model.load_state_dict(state, strict=True, assign=True)
 
 

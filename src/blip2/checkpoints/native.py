@@ -261,11 +261,12 @@ def load_part(
     path = Path(folder) / part.file
     if not path.is_file():
         raise BadData(f"{path} is missing. Fetch or write the model folder again.")
-    data = path.read_bytes()
-    if hashlib.sha256(data).hexdigest() != part.sha256:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != part.sha256:
         raise Untrusted(f"{path} is not the file that {SETTINGS_FILE} tells of (its sha256 differs). Fetch it again.")
     try:
-        state = safetensors.torch.load(data)
+        state = safetensors.torch.load_file(path)  # mapped
     except SafetensorError:
         raise Untrusted(f"{path} is no safetensors file. Fetch or write the model folder again.") from None
     return {key: tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor for key, tensor in state.items()}

@@ -217,15 +217,10 @@ class _Loader:
 
     def _fill(self, model: nn.Module, part: str) -> None:
         """Gives a module built on the meta device its weights: the stored ones, and those of the text start."""
-        own_start = set(self.settings.from_text_init) & model.state_dict().keys()
-        model.to_empty(device="cpu")
-        if own_start:
-            load_text_weights(model, self._text_start().state_dict)
         if self.is_hugging_face:
             state = huggingface.read_part(self.folder, self.settings)
         else:
             state = native.load_part(self.folder, self.settings, part)
-        own_start |= huggingface.untrained_start(model, state)
         own = model.state_dict()
         for name in sorted(state.keys() & own.keys()):
             if state[name].shape != own[name].shape:
@@ -233,11 +228,17 @@ class _Loader:
                     f"{self.folder}: {name} has shape {tuple(state[name].shape)} and by its settings should have "
                     f"{tuple(own[name].shape)}. Fetch or write the model folder again."
                 )
-        missing, unexpected = model.load_state_dict(state, strict=False)
-        if unexpected or set(missing) != own_start:
-            wrong = sorted({*unexpected, *(set(missing) ^ own_start)})
+        from_text = set(self.settings.from_text_init) & own.keys()
+        lacking = from_text | huggingface.lacks(model, state)
+        missing, unexpected = model.load_state_dict(state, strict=False, assign=True)  # no second copy
+        if unexpected or set(missing) != lacking:
+            wrong = sorted({*unexpected, *(set(missing) ^ lacking)})
             first = ", ".join(wrong[:3])
             raise BadData(f"{self.folder}: the weights of {part!r} do not fit its settings; wrong are {first}.")
+        model.load_state_dict({name: torch.zeros(own[name].shape) for name in lacking}, strict=False, assign=True)
+        if from_text:
+            load_text_weights(model, self._text_start().state_dict, only=from_text)
+        huggingface.start_untrained(model, lacking)
         model.to(self.device).eval().requires_grad_(False)
 
     def _check(self, part: native.FrozenPart, network: nn.Module) -> None:

@@ -3,6 +3,7 @@
 Each method is one pass of the Q-Former (qformer.py); training/stage1.py joins them into a step.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -165,7 +166,7 @@ class Blip2Stage1(nn.Module):
         return self.match_logits(self.qformer.project_image(self.vision_layernorm(image_features)), text)
 
 
-def load_text_weights(model: nn.Module, bert: dict[str, Tensor]) -> list[str]:
+def load_text_weights(model: nn.Module, bert: dict[str, Tensor], only: Collection[str] | None = None) -> list[str]:
     """Start a Q-Former from a BERT: embeddings, self-attention, both FFNs (the query FFN is a copy of BERT's), LM head.
 
     Cross-attention, queries and projections keep their random start (LAVIS, blip2_qformer.__init__). Vocabulary rows
@@ -174,6 +175,7 @@ def load_text_weights(model: nn.Module, bert: dict[str, Tensor]) -> list[str]:
     Args:
         model: a Blip2Stage1, or a Blip2Stage2 with or without its text half.
         bert: state dict in Hugging Face's BertModel names.
+        only: names of the parameters to set, of ours; None: all that BERT has.
 
     Returns:
         Names of the parameters that were set.
@@ -182,7 +184,7 @@ def load_text_weights(model: nn.Module, bert: dict[str, Tensor]) -> list[str]:
     done = []
     for name, parameter in own.items():
         source = bert.get(_bert_name(name))
-        if source is None:
+        if source is None or (only is not None and name not in only):
             continue
         with torch.no_grad():
             if parameter.shape == source.shape:
