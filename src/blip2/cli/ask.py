@@ -21,6 +21,7 @@ def ask(
         str | None, typer.Option(metavar="A,B,C", help="Choose the most probable of these answers.")
     ] = None,
     model: options.Model = "mini",
+    preset: options.Preset = None,
     beams: options.Beams = None,
     sample: options.Sample = False,
     top_p: options.TopP = None,
@@ -36,7 +37,7 @@ def ask(
     With --answers and --json, "ranking" lists all given answers with their log-probability and their share of 1.
     """
     chosen = options.decoding_options(beams, sample, top_p, temperature, max_new_tokens)
-    given = _answer_list(answers, chosen)
+    given = _answer_list(answers, chosen | ({"preset": preset} if preset else {}))
     found = pictures.expand([file])
 
     @cache  # opened once there is a picture to ask about
@@ -45,7 +46,10 @@ def ask(
 
     def answer(images: list[Any]) -> list[dict[str, Any]]:
         if given is None:
-            return [{"question": question, "answer": text} for text in opened().ask(images, question, **chosen)]
+            return [
+                {"question": question, "answer": text}
+                for text in opened().ask(images, question, preset=preset, **chosen)
+            ]
         return [_ranked(question, ranking) for ranking in opened().rank_answers(images, question, given)]
 
     writer = ResultWriter("answer", as_json=json, is_bare=is_bare(found))

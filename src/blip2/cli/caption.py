@@ -25,6 +25,7 @@ def caption(
             help="Make so many captions and give the one most similar to the picture; by default as the model says.",
         ),
     ] = None,
+    preset: options.Preset = None,
     beams: options.Beams = None,
     sample: options.Sample = False,
     top_p: options.TopP = None,
@@ -44,10 +45,17 @@ def caption(
 
     @cache  # opened once there is a picture to caption
     def opened() -> Any:
-        return open_model(model, *captioning_parts(model, best_of, chosen), device=device, quiet=quiet)
+        return open_model(
+            model,
+            *captioning_parts(model, best_of, [*chosen, *(["num_beams"] if preset else [])]),
+            device=device,
+            quiet=quiet,
+        )
 
     def answer(images: list[Any]) -> list[dict[str, Any]]:
-        return [{"caption": text} for text in opened().caption(images, prompt, best_of=best_of, **chosen)]
+        return [
+            {"caption": text} for text in opened().caption(images, prompt, best_of=best_of, preset=preset, **chosen)
+        ]
 
     writer = ResultWriter("caption", as_json=json, is_bare=is_bare(found))
     raise typer.Exit(answer_all(found, answer, writer, batch_size=batch_size, quiet=quiet))

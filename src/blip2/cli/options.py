@@ -1,7 +1,7 @@
 """Options that several commands share, so that they are called and explained alike everywhere."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,9 @@ TopP = Annotated[
     float | None, typer.Option("--top-p", help="With --sample: draw from the likeliest words of this sum.")
 ]
 Temperature = Annotated[float | None, typer.Option(help="With --sample: below 1 keeps closer to the likeliest.")]
+Preset = Annotated[
+    Literal["paper", "lavis"] | None, typer.Option(help="Prompt and decoding of the paper, or of the original code.")
+]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest text in tokens.")]
 
 

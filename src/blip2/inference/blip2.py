@@ -25,6 +25,7 @@ from blip2.inference.decoding import (
     make_streamable,
 )
 from blip2.inference.generation import Generator
+from blip2.inference.presets import Manner, Preset, Task, manner
 from blip2.inference.retrieval import Match, Retriever
 from blip2.inference.stage1_losses import Stage1Batch, Stage1Losses, stage1_losses
 from blip2.model.stage1 import Text
@@ -94,6 +95,7 @@ class Blip2:
         prompt: str | None = None,
         *,
         best_of: int | None = None,
+        preset: Preset | None = None,
         **options: Unpack[DecodingOptions],
     ) -> str: ...
     @overload
@@ -103,6 +105,7 @@ class Blip2:
         prompt: str | None = None,
         *,
         best_of: int | None = None,
+        preset: Preset | None = None,
         **options: Unpack[DecodingOptions],
     ) -> list[str]: ...
     def caption(
@@ -111,6 +114,7 @@ class Blip2:
         prompt: str | None = None,
         *,
         best_of: int | None = None,
+        preset: Preset | None = None,
         **options: Unpack[DecodingOptions],
     ) -> str | list[str]:
         """What the picture shows.
@@ -121,6 +125,7 @@ class Blip2:
             best_of: how many captions are made (beams, or draws with `sample`), of which the retrieval part chooses
                 the one most similar to the picture. None: as the model's settings say, but 1 beside `num_beams` or
                 `sample`, and where the retrieval part is not loaded.
+            preset: prompt and decoding of the paper or of the original code; what is given besides counts more.
             options: see `DecodingOptions`.
 
         Returns:
@@ -131,7 +136,11 @@ class Blip2:
         """
         rows, is_one = _rows(images)
         prompts = self.settings.prompts
-        chosen = prompts.caption if prompt is None else prompt
+        chosen = prompts.caption
+        if preset is not None:
+            wanted = self._manner(preset, "caption")
+            chosen, options = wanted.prompt, wanted.options | options
+        chosen = chosen if prompt is None else prompt
         if best_of is None:
             own = self.settings.caption_best_of if self._retriever is not None else 1
             best_of = default_best_of(own, options)
@@ -152,6 +161,8 @@ class Blip2:
         images: ImageSource,
         question: str,
         answers: Sequence[str] | None = None,
+        *,
+        preset: Preset | None = None,
         **options: Unpack[DecodingOptions],
     ) -> str: ...
     @overload
@@ -160,6 +171,8 @@ class Blip2:
         images: Sequence[ImageSource],
         question: str | Sequence[str],
         answers: Sequence[str] | None = None,
+        *,
+        preset: Preset | None = None,
         **options: Unpack[DecodingOptions],
     ) -> list[str]: ...
     def ask(
@@ -167,6 +180,8 @@ class Blip2:
         images: Images,
         question: str | Sequence[str],
         answers: Sequence[str] | None = None,
+        *,
+        preset: Preset | None = None,
         **options: Unpack[DecodingOptions],
     ) -> str | list[str]:
         """The answer to a question about the picture.
@@ -175,18 +190,25 @@ class Blip2:
             images: one image or a list.
             question: one for all images, or a list as long as that of the images.
             answers: choose the most probable of these instead of making one up.
-            options: see `DecodingOptions`; none applies with `answers`.
+            preset: prompt and decoding of the paper or of the original code; what is given besides counts more.
+            options: see `DecodingOptions`; neither they nor a preset apply with `answers`.
 
         Returns:
             The answer, or a list of them.
         """
         rows, is_one = _rows(images)
         if answers is not None:
-            if options:
-                raise UserError(f"{', '.join(options)} has no effect when the answer is chosen from a list.")
+            if options or preset:
+                given = ", ".join([*options, *(["preset"] if preset else [])])
+                raise UserError(f"{given} has no effect when the answer is chosen from a list.")
             return _in_kind([ranked[0].text for ranked in self.rank_answers(rows, question, answers)], is_one)
         questions = _questions(question, len(rows))
-        return _in_kind(self.generate(rows, self._question_prompts(questions), questions, **options), is_one)
+        asked = self._question_prompts(questions)
+        if preset is not None:
+            wanted = self._manner(preset, "question")
+            asked = [question_prompt(text, wanted.prompt) for text in questions]
+            options = wanted.options | options
+        return _in_kind(self.generate(rows, asked, questions, **options), is_one)
 
     def rank_answers(
         self, images: Sequence[ImageSource], question: str | Sequence[str], answers: Sequence[str]
@@ -328,6 +350,9 @@ class Blip2:
         )
 
     # -- within ---------------------------------------------------------------------------------------------------
+    def _manner(self, preset: str, task: Task) -> Manner:
+        return manner(preset, task, is_encoder_decoder=self.generator.language_model.is_encoder_decoder)
+
     def _question_prompts(self, questions: Sequence[str]) -> list[str]:
         return [question_prompt(question, self.settings.prompts.question) for question in questions]
 
