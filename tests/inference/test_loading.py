@@ -138,3 +138,21 @@ def test_both_kinds_of_language_model_are_wrapped_with_their_ends(model, is_enco
     network.generation_config.eos_token_id = 1
     assert isinstance(wrapped, kind)
     assert wrapped.stop_ids == sorted({7, 9, tokenizer.eos_id})
+
+
+def test_a_language_model_spread_over_places_says_the_same(tiny, model, images):
+    here = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    places = dict.fromkeys(here, "cpu") | {"model.layers.1": "disk"}  # which is read when it is needed
+    spread = blip2.load(tiny.model, device_map=places)
+    network = spread.generator.language_model.model
+    assert network.hf_device_map == places and {p.device.type for p in network.parameters()} == {"cpu", "meta"}
+    asked = {"max_new_tokens": 8, "num_beams": 3}
+    assert spread.caption(images, best_of=1, **asked) == model.caption(images, best_of=1, **asked)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_frozen_parts_take_the_dtype_and_the_bridge_stays_float32(tiny, images, dtype):
+    loaded = blip2.load(tiny.model, dtype=dtype)
+    assert loaded.vision_model.dtype == dtype and loaded.generator.language_model.model.dtype == dtype
+    assert {p.dtype for p in loaded.retriever.model.parameters()} == {torch.float32}
+    assert len(loaded.caption(images)) == len(images) and len(loaded.match(images[0], ["a cup", "a cat"])) == 2

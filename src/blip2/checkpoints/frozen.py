@@ -118,7 +118,10 @@ def load_vision(
 
 
 def load_language(
-    name_or_path: str, dtype: torch.dtype = torch.float32
+    name_or_path: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device_map: str | dict[str, int | str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen language model of that name and its tokenizer.
 
@@ -126,6 +129,7 @@ def load_language(
         name_or_path: a name in LANGUAGE, a Hugging Face folder or a hub name, of a decoder or an encoder-decoder; of
             BLIP-2 or InstructBLIP it is the language model within.
         dtype: of its weights.
+        device_map: spreads it over several places, as accelerate does.
 
     Returns:
         The model, in evaluation mode and without gradient to its weights, and its tokenizer.
@@ -135,10 +139,11 @@ def load_language(
         Untrusted: its weights are pickles, or it needs code of its own.
     """
     folder = _language_folder(name_or_path)
-    config, arguments = read_config(folder, name_or_path), {}
+    config = read_config(folder, name_or_path)
+    arguments: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     if config.model_type in BLIP2_TYPES:  # the language model within it
         config = config.text_config
-        arguments = {"config": config, "key_mapping": _OF_LANGUAGE}
+        arguments |= {"config": config, "key_mapping": _OF_LANGUAGE}
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = _from_pretrained(auto_class, folder, dtype, **arguments)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

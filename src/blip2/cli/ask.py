@@ -30,6 +30,7 @@ def ask(
     batch_size: options.BatchSize = 8,
     json: options.Json = False,
     device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,
 ) -> None:
     """Answer a question about a picture.
@@ -42,7 +43,7 @@ def ask(
 
     @cache  # opened once there is a picture to ask about
     def opened() -> Any:
-        return open_model(model, "generation", device=device, quiet=quiet)
+        return open_model(model, "generation", device=device, dtype=dtype, quiet=quiet)
 
     def answer(images: list[Any]) -> list[dict[str, Any]]:
         if given is None:

@@ -34,6 +34,7 @@ def caption(
     batch_size: options.BatchSize = 8,
     json: options.Json = False,
     device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,
 ) -> None:
     """Say what pictures show.
@@ -49,6 +50,7 @@ def caption(
             model,
             *captioning_parts(model, best_of, [*chosen, *(["num_beams"] if preset else [])]),
             device=device,
+            dtype=dtype,
             quiet=quiet,
         )
 

@@ -26,6 +26,7 @@ def chat(
     temperature: options.Temperature = None,
     max_new_tokens: options.MaxNewTokens = None,
     device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,
 ) -> None:
     """Talk about a picture; what was said before is remembered.
@@ -34,7 +35,7 @@ def chat(
     """
     chosen = options.decoding_options(None, sample, top_p, temperature, max_new_tokens)
     is_terminal = sys.stdin.isatty()
-    dialogue = Dialogue(open_model(model, "generation", device=device, quiet=quiet), chosen)
+    dialogue = Dialogue(open_model(model, "generation", device=device, dtype=dtype, quiet=quiet), chosen)
     if file is not None:
         dialogue.show(file)
     if is_terminal:

@@ -63,6 +63,7 @@ def demo(
     ),
     model: options.Model = "mini",
     device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,
 ) -> None:
     """Caption and question the example pictures; write a contact sheet and an HTML page.
@@ -73,7 +74,7 @@ def demo(
     from blip2.cli.demo_page import demo_page
 
     examples = read_pictures(pictures)
-    opened = open_model(model, *captioning_parts(model), device=device, quiet=quiet)
+    opened = open_model(model, *captioning_parts(model), device=device, dtype=dtype, quiet=quiet)
     shown = []
     for example in examples:
         shown.append(look(opened, example))

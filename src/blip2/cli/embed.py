@@ -21,6 +21,7 @@ def embed(
     model: options.Model = "mini",
     batch_size: options.BatchSize = 8,
     device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,
 ) -> None:
     """Write unit vectors of pictures and texts to a NumPy file.
@@ -33,7 +34,7 @@ def embed(
     images, paths, num_bad = _load(pictures.expand(named))
     if not images and not texts:
         raise typer.Exit(2)
-    opened = open_model(model, "stage1", device=device, quiet=quiet)
+    opened = open_model(model, "stage1", device=device, dtype=dtype, quiet=quiet)
     import numpy as np
 
     arrays: dict[str, Any] = {}

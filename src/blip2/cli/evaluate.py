@@ -34,6 +34,7 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object of fractions instead.")] = False,
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
     quiet: options.Quiet = False,
 ) -> None:
     """Measure a model on pictures and scenes that training kept away from it, beside chance, blind and simple methods.
@@ -50,7 +51,7 @@ def evaluate(
     read_manifest(folder)  # before the model, which takes longer to load
     tasks = _possible_tasks(model, task, quiet=quiet)
     begin = time.perf_counter()
-    opened = _open(model, tasks, device=device, quiet=quiet)
+    opened = _open(model, tasks, device=device, dtype=dtype, quiet=quiet)
     results = open_pairs.run(
         opened, folder, tasks, limit=limit, batch_size=batch_size, say=lambda text: note(text, quiet=quiet)
     )

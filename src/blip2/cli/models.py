@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from blip2.inference.blip2 import Blip2
 
 
-def open_model(name: str, *parts: str, device: str = "auto", quiet: bool = False) -> "Blip2":
+def open_model(name: str, *parts: str, device: str = "auto", dtype: str = "auto", quiet: bool = False) -> "Blip2":
     """The model with the parts named loaded, "stage1" or "generation"; only those cost time and memory."""
     import torch
     from transformers.utils import logging
@@ -24,9 +24,14 @@ def open_model(name: str, *parts: str, device: str = "auto", quiet: bool = False
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    place = _device(device, torch.cuda.device_count())
+    num_gpus = torch.cuda.device_count()
+    place = _device("auto" if device == "all" else device, num_gpus)
+    if dtype == "auto":
+        on_gpu = "bfloat16" if num_gpus and torch.cuda.is_bf16_supported() else "float16"
+        dtype = "float32" if place == "cpu" else on_gpu
     _fetch_frozen(name, parts, quiet=quiet)
-    return load(name, place, parts=parts)
+    spread = "auto" if device == "all" and num_gpus > 1 else None
+    return load(name, place, getattr(torch, dtype), parts=parts, device_map=spread)
 
 
 def captioning_parts(name: str, best_of: int | None = None, chosen: Collection[str] = ()) -> list[str]:
@@ -51,7 +56,7 @@ def _device(asked: str, num_gpus: int) -> str:
         return "cuda" if num_gpus else "cpu"
     here = ["cpu", *(["cuda"] if num_gpus else []), *(f"cuda:{i}" for i in range(num_gpus))]
     if asked not in here:
-        raise UserError(f"There is no device {asked!r} here. Give one of: auto, {', '.join(here)}.")
+        raise UserError(f"There is no device {asked!r} here. Give one of: auto, all, {', '.join(here)}.")
     return asked
 
 

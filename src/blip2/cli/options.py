@@ -8,7 +8,16 @@ import typer
 Model = Annotated[
     str, typer.Option("--model", "-m", help="A model's name, its folder, or FILE.pth,vision=NAME,llm=NAME.")
 ]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1; auto takes a GPU where there is one.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="Where to compute: cpu, cuda, cuda:1; auto takes a GPU where there is one, all spreads the LLM over all."
+    ),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(help="Arithmetic of the frozen parts; auto: float32 on a CPU, bfloat16 on a GPU that has it."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on standard error.")]
 BatchSize = Annotated[int, typer.Option(min=1, max=1024, help="Pictures that go through the model at once.")]

@@ -40,6 +40,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     *,
     parts: Collection[str] | None = None,
+    device_map: str | dict[str, int | str] | None = None,
 ) -> Blip2:
     """A model ready to use.
 
@@ -50,6 +51,8 @@ def load(
         dtype: of the frozen parts. The trained parts are small and stay float32, as the paper keeps them.
         parts: which of "stage1" (to embed and match) and "generation" (to caption and answer) to load; None: all that
             the model has.
+        device_map: spreads the language model over several places as accelerate does it ("auto": over all GPUs), the
+            rest staying on `device`; None: all on `device`.
 
     Raises:
         UnknownModel: no model goes by that name.
@@ -64,7 +67,7 @@ def load(
             f"The model {str(name)!r} lacks {native.PARTS[part]}. "
             "Use one that has it (`blip2 info` lists the models and their parts), such as mini."
         )
-    loader = _Loader(folder, settings, torch.device(device), dtype)
+    loader = _Loader(folder, settings, torch.device(device), dtype, device_map)
     vision_model = loader.vision_model()
     return Blip2(
         settings,
@@ -151,11 +154,19 @@ def model_names() -> list[str]:
 class _Loader:
     """Builds the modules of one model folder; what two parts share is read once."""
 
-    def __init__(self, folder: Path, settings: native.ModelSettings, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        settings: native.ModelSettings,
+        device: torch.device,
+        dtype: torch.dtype,
+        device_map: str | dict[str, int | str] | None,
+    ) -> None:
         self.folder = folder
         self.settings = settings
         self.device = device
         self.dtype = dtype
+        self.device_map = device_map
         self.is_hugging_face = huggingface.is_checkpoint(folder)
         self._text_init: frozen.TextInit | None = None
 
@@ -192,12 +203,13 @@ class _Loader:
         return Generator(model, tokenizer, instruction_tokenizer, settings.max_text_tokens)
 
     def _language_model(self, part: native.FrozenPart) -> tuple[LanguageModel, LanguageTokenizer]:
-        network, hf_tokenizer = frozen.load_language(part.name, dtype=self.dtype)
-        self._check(part, network)
+        network, hf_tokenizer = frozen.load_language(part.name, dtype=self.dtype, device_map=self.device_map)
+        if self.device_map is None:
+            self._check(part, network)
         padding = "right" if network.config.is_encoder_decoder else "left"
         tokenizer = LanguageTokenizer(hf_tokenizer, prompt_padding=padding)
         language_model = wrap_language_model(network, tokenizer, stop=self.settings.stop)
-        return language_model.to(self.device), tokenizer
+        return language_model if self.device_map is not None else language_model.to(self.device), tokenizer
 
     def _text_start(self) -> frozen.TextInit:
         """The text initialisation's weights."""
