@@ -160,6 +160,19 @@ def test_info_counts_the_bridge_of_a_checkpoint(peers, kind, capsys):
     assert part["parameters"] == sum(bridge)
 
 
+def test_words_are_drawn_as_the_checkpoint_says_where_the_caller_does_not(peers, tmp_path):
+    folder = tmp_path / "beams"
+    shutil.copytree(peers("blip2-opt").folder, folder)
+    told = json.loads((folder / "generation_config.json").read_text())
+    told |= {"num_beams": 3, "max_new_tokens": 7, "length_penalty": 2.0, "top_p": 0.5, "repetition_penalty": 1.5}
+    (folder / "generation_config.json").write_text(json.dumps(told))
+    model, images = blip2.load(folder), pictures(6)
+    asked = {"num_beams": 3, "max_new_tokens": 7, "length_penalty": 2.0, "repetition_penalty": 1.5}
+    assert model.settings.generation == asked
+    said = model.generate(images, PROMPTS[0])
+    assert said == model.generate(images, PROMPTS[0], **asked) != model.generate(images, PROMPTS[0], num_beams=1)
+
+
 def test_a_hub_name_without_a_network_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

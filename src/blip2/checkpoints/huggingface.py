@@ -32,6 +32,16 @@ from blip2.model.vision import CLIP_MEAN, CLIP_STD
 
 QFORMER_TOKENIZER = "qformer_tokenizer"
 EXTRAS = Path("blip2") / "extras.safetensors"
+GENERATION_NAMES = {
+    "num_beams": "num_beams",
+    "do_sample": "sample",
+    "top_p": "top_p",
+    "temperature": "temperature",
+    "max_new_tokens": "max_new_tokens",
+    "min_new_tokens": "min_new_tokens",
+    "repetition_penalty": "repetition_penalty",
+    "length_penalty": "length_penalty",
+}
 EXTRA_SETTINGS = ("prompts", "max_text_tokens", "stop")  # kept with them
 
 
@@ -66,9 +76,27 @@ def read_settings(folder: Path) -> ModelSettings:
         instruction_aware=is_instruct,
         max_text_tokens=config.qformer_config.max_position_embeddings,
         prompts=original_prompts(is_instruct=is_instruct, is_encoder_decoder=config.text_config.is_encoder_decoder),
+        generation=_generation(folder),
         parts={part: PartFile(file="config.json", sha256="")},
     )
     return replace(settings, **_extra_settings(folder))
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    """What generation_config.json says of how words are drawn, by our names; empty where it says nothing."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        found = {ours: told[theirs] for theirs, ours in GENERATION_NAMES.items() if told.get(theirs) is not None}
+    except (ValueError, AttributeError) as error:
+        raise BadData(f"{path} is broken ({error}). Fetch it again.") from None
+    if not found.get("sample"):
+        found = {name: value for name, value in found.items() if name not in ("sample", "top_p", "temperature")}
+    if found.get("num_beams", 1) == 1:
+        found.pop("length_penalty", None)
+    return found
 
 
 def _extra_settings(folder: Path) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class ModelSettings:
         prompts: see Prompts.
         stop: a text that ends what is said, besides the language model's own end; "" for none.
         caption_best_of: how many captions are made, of which the retrieval part chooses one; 1 = no choice.
+        generation: how words are drawn where the caller says nothing, by the names of `DecodingOptions`.
         from_text_init: parameters that are taken from the text initialisation and not stored.
         parts: filled when the folder is written.
         notes: free: data, recipes, seeds, figures, licence.
@@ -105,6 +106,7 @@ class ModelSettings:
     max_text_tokens: int = 32
     stop: str = ""
     caption_best_of: int = 1
+    generation: dict[str, Any] = field(default_factory=dict)
     from_text_init: tuple[str, ...] = ()
     parts: dict[str, PartFile] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)

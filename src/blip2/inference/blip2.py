@@ -240,9 +240,10 @@ class Blip2:
             prompts: what the text continues; one for all, or B.
             instructions: what an instruction-aware Q-Former reads (another one reads nothing); one for all, or B.
                 None: the prompts.
-            options: see `DecodingOptions`.
+            options: see `DecodingOptions`; without any, as the model's settings say.
         """
-        generator, decoding = self.generator, make_decoding(options)
+        own = cast(DecodingOptions, self.settings.generation)
+        generator, decoding = self.generator, make_decoding(options or own)
         prompts = _each(prompts, len(images), "prompts")
         told = prompts if instructions is None else _each(instructions, len(images), "instructions")
         texts: list[str] = []
