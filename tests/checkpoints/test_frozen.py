@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from blip2 import paths, registry
-from blip2.checkpoints import frozen
+from blip2.checkpoints import frozen, packaged
 from blip2.errors import BadData, MissingFile, UnknownModel, Untrusted
 from blip2.model.vision import HuggingFaceConvNext, HuggingFaceVision
 
@@ -214,10 +214,10 @@ def test_a_folder_made_once_is_whole_or_absent(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        frozen._made_once("model", fail_half_way)
+        packaged.made_once("model", fail_half_way)
     assert list(paths.models_dir().iterdir()) == []
-    folder = frozen._made_once("model", lambda target: (target / "weights").write_text("all"))
-    assert frozen._made_once("model", fail_half_way) == folder and (folder / "weights").read_text() == "all"
+    folder = packaged.made_once("model", lambda target: (target / "weights").write_text("all"))
+    assert packaged.made_once("model", fail_half_way) == folder and (folder / "weights").read_text() == "all"
 
 
 def need_package(key: str) -> None:

@@ -37,13 +37,16 @@ def test_the_unit_is_its_recurrence():
 def test_what_is_written_does_not_depend_on_padding_or_on_the_search(model):
     ids = torch.tensor([[3, 4, 5, 0, 19], [6, 7, 8, 9, 0]])
     mask = (ids != 19).long()
-    together = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6)
-    alone = model.generate(input_ids=ids[:1, :4], max_new_tokens=6, min_new_tokens=6)
-    assert together[0].tolist() == alone[0].tolist() and together[0].tolist() != together[1].tolist()
-    assert not (together[:, 1:] == 19).any()  # padding is never said
-    labels = together[:1, 1:]
-    logits = model(input_ids=ids[:1], attention_mask=mask[:1], labels=labels).logits
-    assert logits[:, 0].argmax() == labels[0, 0]
+    drawn = {"max_new_tokens": 6, "min_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}
+    together = model.generate(input_ids=ids, attention_mask=mask, **drawn)
+    alone = model.generate(input_ids=ids[:1, :4], **drawn)
+    for both, one in zip(together.logits, alone.logits, strict=True):
+        torch.testing.assert_close(both[:1], one)
+        assert (both[0] - both[1]).abs().max() > 1e-2  # it reads
+    said = together.sequences
+    assert not (said[:, 1:] == 19).any()  # padding is never said
+    at_once = model(input_ids=ids, attention_mask=mask, labels=said[:, 1:]).logits
+    torch.testing.assert_close(at_once, torch.stack(together.logits, dim=1))
 
 
 def test_padding_and_later_words_change_no_loss_before_them(model):
