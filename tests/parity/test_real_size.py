@@ -1,0 +1,104 @@
+"""At the published size, OPT-2.7B with ViT-g in bfloat16: the same features, prompts and words as transformers.
+
+Random weights, since no checkpoint can be had without a hub; 7.8 GB on disk and as much in memory, a few minutes.
+"""
+
+import gc
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessorPil
+
+import blip2
+from blip2.model.language import Decoding
+
+from .hf_checkpoints import PROMPTS, language_tokenizer, pictures
+
+BYTES = 8_000_000_000
+OPT = {
+    "model_type": "opt",
+    "hidden_size": 2560,
+    "word_embed_proj_dim": 2560,
+    "ffn_dim": 10_240,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "vocab_size": 50_272,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+NEW_TOKENS = 5
+
+
+def make(folder):
+    """The published shapes in shards of 2 GB."""
+    tokenizer = language_tokenizer("blip2-opt")
+    processor = Blip2Processor(
+        BlipImageProcessorPil(size={"height": 224, "width": 224}), tokenizer, num_query_tokens=32
+    )
+    config = Blip2Config(text_config=OPT, image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"))
+    assert (config.vision_config.hidden_size, config.vision_config.num_hidden_layers) == (1408, 39)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = Blip2ForConditionalGeneration(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, parameter in model.named_parameters():  # published starts are too small to tell pictures apart
+        if parameter.ndim > 1 and not name.startswith("language_model."):
+            torch.nn.init.normal_(parameter, std=0.05 if name.startswith("vision_model.") else 0.1)
+    model.save_pretrained(folder, max_shard_size="2GB")
+    processor.save_pretrained(folder)
+    return processor
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_opt_2_7b_with_vit_g_gives_the_numbers_of_transformers(tmp_path):
+    if shutil.disk_usage(tmp_path).free < 2 * BYTES or available_memory() < 1.3 * BYTES:
+        pytest.skip("needs 16 GB of disk and 11 GB of memory")
+    folder, images, prompts = tmp_path / "opt-2.7b", pictures(2), list(PROMPTS[:2])
+    processor = make(folder)
+    gc.collect()
+    theirs = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt").to(torch.bfloat16)
+    pixel_values = inputs["pixel_values"]
+    features = raw_features(theirs, pixel_values)
+    told, mask = theirs.get_input_embeddings()(inputs["input_ids"]), inputs["attention_mask"]
+    for part in (theirs.qformer, theirs.language_projection, theirs.vision_model.post_layernorm):
+        part.float()  # as the bridge is kept here; the rest is in bfloat16
+    seen = theirs.vision_model.post_layernorm(features.float())
+    queries = theirs.query_tokens.float().expand(len(images), -1, -1)
+    read = theirs.qformer(query_embeds=queries, encoder_hidden_states=seen).last_hidden_state
+    visual_prompts = theirs.language_projection(read)
+    told[inputs["input_ids"] == theirs.config.image_token_index] = visual_prompts.to(told.dtype).flatten(0, 1)
+    said = theirs.language_model.generate(inputs_embeds=told, attention_mask=mask, max_new_tokens=NEW_TOKENS)
+    del theirs
+    gc.collect()
+    ours = blip2.load(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in ours.generator.model.qformer.parameters()} == {torch.float32}
+    here = ours.image_features(images)
+    torch.testing.assert_close(here, features, atol=0, rtol=0)
+    prompts_here = ours.generator.visual_prompt(here, prompts)
+    torch.testing.assert_close(prompts_here, visual_prompts, atol=1e-5, rtol=1e-5)
+    assert (prompts_here[0] - prompts_here[1]).abs().max() > 0.01  # they see
+    asked = ours.generator.tokenizer.encode_prompts(prompts)
+    words = ours.generator.language_model.generate(
+        prompts_here, asked.input_ids, asked.attention_mask, Decoding(max_new_tokens=NEW_TOKENS)
+    )
+    assert words.tolist() == said.tolist()
+
+
+def raw_features(model, pixel_values):
+    """What transformers' tower gives before its last norm."""
+    vision = model.vision_model
+    return vision.encoder(inputs_embeds=vision.embeddings(pixel_values)).last_hidden_state
+
+
+def available_memory():
+    """Bytes that can be had without swapping."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    line = next(line for line in lines if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
