@@ -87,6 +87,8 @@ class ModelSettings:
         prompts: see Prompts.
         stop: a text that ends what is said, besides the language model's own end; "" for none.
         caption_best_of: how many captions are made, of which the retrieval part chooses one; 1 = no choice.
+        match_weight: weight of ITM's log-odds beside ITC's similarity / temperature where both order candidates;
+            below 1 for a matching head that is surer than it is right.
         generation: how words are drawn where the caller says nothing, by the names of `DecodingOptions`.
         from_text_init: parameters that are taken from the text initialisation and not stored.
         parts: filled when the folder is written.
@@ -106,6 +108,7 @@ class ModelSettings:
     max_text_tokens: int = 32
     stop: str = ""
     caption_best_of: int = 1
+    match_weight: float = 1.0
     generation: dict[str, Any] = field(default_factory=dict)
     from_text_init: tuple[str, ...] = ()
     parts: dict[str, PartFile] = field(default_factory=dict)

@@ -22,6 +22,9 @@ def export(
         int,
         typer.Option(min=1, max=64, help="Captions made for each picture, of which stage 1 chooses one; needs both."),
     ] = 1,
+    match_weight: Annotated[
+        float, typer.Option(min=0, help="Weight of image-text matching beside contrast where both order candidates.")
+    ] = 1.0,
     name: Annotated[str | None, typer.Option(help="Name of the model; the folder's if not given.")] = None,
 ) -> None:
     """Write what runs have learnt as a model folder, which every command takes as --model.
@@ -42,6 +45,7 @@ def export(
         stage1=runs["stage1"],
         generation=runs["generation"],
         caption_best_of=caption_best_of,
+        match_weight=match_weight,
     )
     for part in settings.parts.values():
         print(out / part.file)

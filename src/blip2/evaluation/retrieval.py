@@ -115,7 +115,8 @@ def rerank(similarity: Tensor, candidates: Candidates, match_scores: Tensor) -> 
 
     ITM's negatives are drawn from the softmax of ITC's similarities / temperature. So what it learns is by how much a
     pair is likelier than that softmax says, and the sum of the logarithms is the log-probability of the pair. (With
-    cosines alone a matching head that is hardly trained undoes what contrast has found.)
+    cosines alone a matching head that is hardly trained undoes what contrast has found.) A head that is surer of new
+    pictures than it is right gets a weight below 1 (`match_weight` of a model's settings).
 
     Args:
         similarity: (I, T), on the scale of the match scores.

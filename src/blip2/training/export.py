@@ -38,6 +38,7 @@ def export(
     stage1: Runs = None,
     generation: Runs = None,
     caption_best_of: int = 1,
+    match_weight: float = 1.0,
 ) -> native.ModelSettings:
     """Writes a model folder from one run or two, or from averages of runs.
 
@@ -50,6 +51,7 @@ def export(
         stage1: run or checkpoint of stage 1, which can embed and match; or several and the weight of each.
         generation: the same of stage 2 or instruct, which can caption and answer.
         caption_best_of: how many captions the model makes where nobody says, for the retrieval part to choose one.
+        match_weight: see `native.ModelSettings`.
 
     Raises:
         BadRecipe: no run is given, a choice of captions without both, a run is of the wrong stage, or runs differ in
@@ -68,7 +70,8 @@ def export(
     settings = model_settings(name, recipes[-1], taken)
     notes: dict[str, Any] = {"recipes": {name: part.notes() for name, part in read.items()}}
     parts = {name: {k: v for k, v in part.weights.items() if k not in taken} for name, part in read.items()}
-    return native.save_model_folder(folder, replace(settings, notes=notes, caption_best_of=caption_best_of), parts)
+    settings = replace(settings, notes=notes, caption_best_of=caption_best_of, match_weight=match_weight)
+    return native.save_model_folder(folder, settings, parts)
 
 
 class _Part:

@@ -154,8 +154,8 @@ class _Benchmark:
 
     # -- retrieval ------------------------------------------------------------------------------------------------
     def retrieval(self) -> None:
-        """Recall at 1, 5, 10 both ways, then recall at 1 after re-ranking by either rule of `retrieval.rerank`."""
-        retriever = self.model.retriever
+        """Recall at 1, 5, 10 both ways, then recall at 1 after re-ranking by the rules of `retrieval.rerank`."""
+        retriever, weight = self.model.retriever, self.model.settings.match_weight
         for split in (STYLE, CONCEPTS):
             pictures = self.pictures(split)
             texts, features = pictures.texts, pictures.features
@@ -165,8 +165,10 @@ class _Benchmark:
             logits = match_pairs(retriever, features, texts, candidates.pairs, self.say)  # (M, 2)
             temperature = float(retriever.model.temperature)
             metrics = self._recalls(pictures, similarity, similarity.T)
+            odds = logits[:, 1] - logits[:, 0]
             for name, reranked in {
-                "reranked": retrieval.rerank(similarity / temperature, candidates, logits[:, 1] - logits[:, 0]),
+                "reranked": retrieval.rerank(similarity / temperature, candidates, weight * odds),
+                "reranked_unweighted": retrieval.rerank(similarity / temperature, candidates, odds),
                 "reranked_as_original": retrieval.rerank(similarity, candidates, logits[:, 1]),
             }.items():
                 best = self._recalls(pictures, reranked.image_to_text, reranked.text_to_image)

@@ -31,6 +31,7 @@ ROWS = (
         f"{_STYLE}/image_to_text_reranked_r1",
         {
             "not re-ranked": f"{_STYLE}/image_to_text_r1",
+            "by unweighted log-odds": f"{_STYLE}/image_to_text_reranked_unweighted_r1",
             "by the original's sum": f"{_STYLE}/image_to_text_reranked_as_original_r1",
             "chance": f"{_STYLE}/chance",
         },
@@ -41,6 +42,7 @@ ROWS = (
         f"{_STYLE}/text_to_image_reranked_r1",
         {
             "not re-ranked": f"{_STYLE}/text_to_image_r1",
+            "by unweighted log-odds": f"{_STYLE}/text_to_image_reranked_unweighted_r1",
             "by the original's sum": f"{_STYLE}/text_to_image_reranked_as_original_r1",
         },
     ),
@@ -52,6 +54,7 @@ ROWS = (
         f"{_CONCEPTS}/image_to_text_reranked_r1",
         {
             "not re-ranked": f"{_CONCEPTS}/image_to_text_r1",
+            "by unweighted log-odds": f"{_CONCEPTS}/image_to_text_reranked_unweighted_r1",
             "by the original's sum": f"{_CONCEPTS}/image_to_text_reranked_as_original_r1",
             "chance": f"{_CONCEPTS}/chance",
         },
