@@ -67,7 +67,7 @@ def _scenes(split, count):
         Sample(
             id=f"{split}/{number}",
             image=_picture(f"{split}{number}"),
-            captions=(),
+            captions=(f"a {COLOURS[number % 3]} star, number {number}",),
             questions=(
                 Question("What colour is the star?", COLOURS[number % 3], "colour"),
                 Question("How many cats are there?", ("one", "two")[number % 2], "count"),

@@ -45,7 +45,7 @@ def test_every_promised_figure_is_there_and_a_fraction(results):
     promised = [
         *(
             f"retrieval/{split}/{name}"
-            for split in ("held_out_style", "held_out_concepts")
+            for split in ("held_out_style", "held_out_concepts", "new_scenes")
             for name in (*recalls, "image_to_text_reranked_r1", "text_to_image_reranked_as_original_r1", "chance")
         ),
         *(f"vqa/{split}/{name}" for split in ("new_scenes", "new_noun_pairs") for name in ("accuracy", "majority")),

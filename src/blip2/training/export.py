@@ -95,7 +95,15 @@ class _Part:
 
     def notes(self) -> list[dict[str, Any]]:
         pairs = zip(self.shares, self.recipes, strict=True)
-        return [{"share": round(share, 6), "recipe": to_settings(recipe)} for share, recipe in pairs]
+        return [{"share": round(share, 6), "recipe": _told(recipe)} for share, recipe in pairs]
+
+
+def _told(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's settings; a start is named without the folders of the machine it lay on."""
+    settings = to_settings(recipe)
+    if recipe.model.init_from is not None:
+        settings["model"]["init_from"] = Path(recipe.model.init_from).name
+    return settings
 
 
 def _read(path: Path, part: str) -> tuple[Recipe, dict[str, Tensor]]:

@@ -1,6 +1,6 @@
 """The open set's benchmark: what a model does with pictures and scenes that training kept away from it.
 
-retrieval    Twemoji (a style never trained on) and the held-out concepts: by ITC, and re-ranked by ITM
+retrieval    Twemoji (a style never trained on), the held-out concepts, new scenes: by ITC, and re-ranked by ITM
 captions     Twemoji pictures: is the right noun named; greedy, and chosen among several where the model does so
 vqa          new scenes, new pairs of nouns; blind (visual prompt zeroed) and shuffled (the picture of another scene)
 easy_vqa     the official test split of easy-VQA, and blind
@@ -35,7 +35,7 @@ from blip2.evaluation.speaking import Asked, answer_all, answer_blind, caption_a
 from blip2.evaluation.vqa import Answered, AnswerPrior, accuracy, accuracy_by_kind
 from blip2.inference.blip2 import Blip2
 
-STYLE, CONCEPTS = "held_out_style", "held_out_concepts"
+STYLE, CONCEPTS, SCENES = "held_out_style", "held_out_concepts", "new_scenes"
 NOUNS = "held_out_nouns"  # the pictures of CONCEPTS whose noun no training concept has: "cat", not a new "black cat"
 TRAINING = ("train_pairs", "train_styles")  # the pictures that training sees but for scenes
 SPOKEN = 1000  # captions, and questions of a split, where no limit is given: enough for one percent of standard error
@@ -156,7 +156,7 @@ class _Benchmark:
     def retrieval(self) -> None:
         """Recall at 1, 5, 10 both ways, then recall at 1 after re-ranking by the rules of `retrieval.rerank`."""
         retriever, weight = self.model.retriever, self.model.settings.match_weight
-        for split in (STYLE, CONCEPTS):
+        for split in (STYLE, CONCEPTS, SCENES):
             pictures = self.pictures(split)
             texts, features = pictures.texts, pictures.features
             similarity = similarity_matrix(retriever, features, texts, self.say)  # (P, T)
@@ -234,11 +234,11 @@ class _Benchmark:
     def vqa(self) -> None:
         """Composed scenes, by kind of question; then blind and with the pictures of other scenes."""
         prior = self._prior("train_scenes")
-        for split in ("new_scenes", "new_noun_pairs"):
+        for split in (SCENES, "new_noun_pairs"):
             samples, asked, total = self._questions(split)
             features = encode(self.model, samples, split, self.say)
             self._add_answers(f"vqa/{split}", self._answer(features, asked), total, prior)
-            if split == "new_scenes":
+            if split == SCENES:
                 elsewhere = [Asked((row.row + max(1, len(samples) // 2)) % len(samples), row.question) for row in asked]
                 self._add_answers("vqa/shuffled", self._answer(features, elsewhere), total)
                 self._add_answers("vqa/blind", self._answer_blind(asked), total)

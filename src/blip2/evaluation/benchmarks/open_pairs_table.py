@@ -8,6 +8,7 @@ _NEAREST, _WHITENED = (
     "baselines/nearest_neighbour_whitened/held_out_style",
 )
 _RIDGE_STYLE, _RIDGE = "baselines/ridge/held_out_style", "baselines/ridge/held_out_concepts"
+_SCENES = "retrieval/new_scenes"
 _NOUNS, _RIDGE_NOUNS = "retrieval/held_out_nouns", "baselines/ridge/held_out_nouns"
 
 
@@ -62,6 +63,27 @@ ROWS = (
     _retrieval("new concepts", _CONCEPTS, "text_to_image_r1", _CONCEPT_PEERS),
     _retrieval("new nouns", _NOUNS, "image_to_text_r1", {"ridge": _RIDGE_NOUNS}),
     _retrieval("new nouns", _NOUNS, "image_to_text_r10", {"ridge": _RIDGE_NOUNS}),
+    _retrieval("new scenes", _SCENES, "image_to_text_r1", {}),
+    Row(
+        "new scenes, image to text, re-ranked R@1",
+        f"{_SCENES}/image_to_text_reranked_r1",
+        {
+            "not re-ranked": f"{_SCENES}/image_to_text_r1",
+            "by unweighted log-odds": f"{_SCENES}/image_to_text_reranked_unweighted_r1",
+            "by the original's sum": f"{_SCENES}/image_to_text_reranked_as_original_r1",
+            "chance": f"{_SCENES}/chance",
+        },
+    ),
+    _retrieval("new scenes", _SCENES, "text_to_image_r1", {}),
+    Row(
+        "new scenes, text to image, re-ranked R@1",
+        f"{_SCENES}/text_to_image_reranked_r1",
+        {
+            "not re-ranked": f"{_SCENES}/text_to_image_r1",
+            "by unweighted log-odds": f"{_SCENES}/text_to_image_reranked_unweighted_r1",
+            "by the original's sum": f"{_SCENES}/text_to_image_reranked_as_original_r1",
+        },
+    ),
     Row(
         "new scenes, questions",
         "vqa/new_scenes/accuracy",
