@@ -60,6 +60,18 @@ def test_pickles_beside_sound_weights_are_never_opened(folder, canary):
     assert blip2.load(folder).settings.qformer.num_query_tokens == 5
 
 
+def test_extras_that_lie_are_refused(folder):
+    extras = folder / "blip2" / "extras.safetensors"
+    extras.parent.mkdir()
+    extras.write_bytes(struct.pack("<Q", 1 << 40) + b"{}")
+    with pytest.raises(Untrusted, match=r"extras\.safetensors is no whole safetensors file"):
+        blip2.load(folder)
+    for metadata in (None, {"settings": "no json"}, {"settings": '{"prompts": {"caption": 1}}'}):
+        save_file({"x": torch.ones(1)}, extras, metadata=metadata)
+        with pytest.raises(BadData, match=r"extras\.safetensors is broken"):
+            blip2.load(folder)
+
+
 def test_weights_that_are_pickles_are_refused(folder, canary):
     for path in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
         path.unlink()
