@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from parity.hf_checkpoints import KINDS, PROMPTS, make, pictures
+from parity.hf_checkpoints import KINDS, PROMPTS, made_on_first_use, pictures
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -20,15 +20,8 @@ GOLDEN = Path(__file__).parents[1] / "parity" / "golden" / "lavis_stage1.safeten
 
 @pytest.fixture(scope="module")
 def peers(tmp_path_factory):
-    """Kind -> a checkpoint of Hugging Face's, made on first use."""
-    made = {}
-
-    def peer(kind):
-        if kind not in made:
-            made[kind] = make(kind, tmp_path_factory.mktemp(kind) / "checkpoint")
-        return made[kind]
-
-    return peer
+    """Kind -> a checkpoint of Hugging Face's."""
+    return made_on_first_use(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

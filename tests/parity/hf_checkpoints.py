@@ -1,5 +1,6 @@
 """Tiny Hugging Face checkpoints of every class, random but wide awake: pictures and prompts change what they say."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,18 @@ def make(kind: str, folder: Path) -> Peer:
     model.save_pretrained(folder, max_shard_size="200KB")
     processor.save_pretrained(folder)
     return Peer(folder, model, processor)
+
+
+def made_on_first_use(factory: Any) -> Callable[[str], Peer]:
+    """Kind -> its checkpoint, written when it is first asked for; `factory` is pytest's tmp_path_factory."""
+    made: dict[str, Peer] = {}
+
+    def peer(kind: str) -> Peer:
+        if kind not in made:
+            made[kind] = make(kind, factory.mktemp(kind) / "checkpoint")
+        return made[kind]
+
+    return peer
 
 
 def pictures(count: int) -> list[Image.Image]:

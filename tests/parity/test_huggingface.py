@@ -11,7 +11,7 @@ import blip2
 from blip2.errors import UnknownModel, Untrusted
 from blip2.model.language import Decoding
 
-from .hf_checkpoints import KINDS, NUM_QUERIES, PROMPTS, make, pictures, token_losses
+from .hf_checkpoints import KINDS, NUM_QUERIES, PROMPTS, made_on_first_use, pictures, token_losses
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 GENERATING = [kind for kind in KINDS if kind != "blip2-retrieval"]
@@ -19,15 +19,8 @@ GENERATING = [kind for kind in KINDS if kind != "blip2-retrieval"]
 
 @pytest.fixture(scope="module")
 def peers(tmp_path_factory):
-    """Kind -> the checkpoint, made on first use."""
-    made = {}
-
-    def peer(kind):
-        if kind not in made:
-            made[kind] = make(kind, tmp_path_factory.mktemp(kind) / "checkpoint")
-        return made[kind]
-
-    return peer
+    """Kind -> a checkpoint of Hugging Face's."""
+    return made_on_first_use(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
