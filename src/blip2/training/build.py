@@ -312,8 +312,6 @@ def _stage2_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader) -> Job:
     is_aware = recipe.model.instruction_aware
     model = Blip2Stage2(None, parts.config, language_model, instruction_aware=is_aware)
     load_text_weights(model, parts.text_init.state_dict)
-    with torch.no_grad():
-        model.language_projection.weight.mul_(recipe.model.projection_scale)
     start_from(model, recipe)
     if is_aware and recipe.model.freeze_word_embeddings:
         model.embeddings.word_embeddings.requires_grad_(False)

@@ -66,9 +66,6 @@ class ModelSection:
     init_from: str | None = None
     """What the bridge's weights start from: a run (by name or folder), a checkpoint, a model folder of ours or Hugging
     Face's, a .pth of LAVIS."""
-    projection_scale: Annotated[float, Field(gt=0)] = 1.0
-    """Factor on the language projection's weights at their random start: below 1, visual prompts begin small and do not
-    drown the text that the frozen language model reads (stage 2 and instruct, not in the paper)."""
     instruction_aware: bool = False
     """Show the instruction to the Q-Former too, as InstructBLIP does."""
 
