@@ -2,7 +2,7 @@
 
 A name is one of ours (in VISION, LANGUAGE or TEXT_INIT of `checkpoints.packaged`: no hub needed), a Hugging Face
 folder, or a model's name on the hub. Weights are read from safetensors only and no code of a model's folder is ever
-run; what transformers itself does not know is refused.
+run; what transformers itself does not know is refused. A folder may hold a quantised part (`checkpoints.quantized`).
 """
 
 import difflib
@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -25,10 +25,12 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     BertConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
+from blip2.checkpoints import quantized
 from blip2.checkpoints.packaged import LANGUAGE, TEXT_INIT, VISION, quiet
 from blip2.checkpoints.trust import check_configuration
 from blip2.errors import BadData, MissingFile, UnknownModel, Untrusted
@@ -79,7 +81,7 @@ class TextInit(NamedTuple):
 
 def load_vision(
     name_or_path: str,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     *,
     image_size: int | None = None,
     drop_last_layer: bool | None = None,
@@ -89,7 +91,7 @@ def load_vision(
     Args:
         name_or_path: a name in VISION, a Hugging Face folder or a hub name (CLIP, BLIP-2's EVA, SigLIP, DINOv2,
             ViT, ConvNeXt).
-        dtype: of its weights and its features.
+        dtype: of its weights and its features; "auto": as they are stored.
         image_size: side of the pictures it will be given; None: as it was trained (EfficientNet-Lite2: 256).
         drop_last_layer: of a Hugging Face tower; None: as the paper does.
 
@@ -101,12 +103,12 @@ def load_vision(
         return _hugging_face_vision(name_or_path, dtype, image_size=image_size, drop_last_layer=drop_last_layer)
     if drop_last_layer is not None:
         raise UnknownModel(f"{name_or_path} has no transformer layer to drop. Leave drop_last_layer out.")
-    return VISION[name_or_path](dtype, image_size)
+    return VISION[name_or_path](torch.float32 if dtype == "auto" else dtype, image_size)
 
 
 def load_language(
     name_or_path: str,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | Literal["auto"] = torch.float32,
     *,
     device_map: str | dict[str, int | str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -115,7 +117,7 @@ def load_language(
     Args:
         name_or_path: a name in LANGUAGE, a Hugging Face folder or a hub name, of a decoder or an encoder-decoder; of
             BLIP-2 or InstructBLIP it is the language model within.
-        dtype: of its weights.
+        dtype: of its weights; "auto": as they are stored.
         device_map: spreads it over several places, as accelerate does.
 
     Returns:
@@ -132,7 +134,12 @@ def load_language(
         config = config.text_config
         arguments |= {"config": config, "key_mapping": _OF_LANGUAGE}
     auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = _from_pretrained(auto_class, folder, dtype, **arguments)
+    if quantized.is_quantized(folder):
+        model = quantized.load(lambda: auto_class.from_config(config), folder, dtype)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    else:
+        model = _from_pretrained(auto_class, folder, dtype, **arguments)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return model, tokenizer
 
@@ -193,14 +200,20 @@ def fingerprint(module: nn.Module) -> str:
 
 
 def _hugging_face_vision(
-    name: str, dtype: torch.dtype, *, image_size: int | None, drop_last_layer: bool | None
+    name: str, dtype: torch.dtype | Literal["auto"], *, image_size: int | None, drop_last_layer: bool | None
 ) -> ImageEncoder:
     folder = _local_folder(name, VISION)
-    model_type = read_config(folder, name).model_type
+    config = read_config(folder, name)
+    model_type = config.model_type
     if model_type not in VISION_CLASSES:
         raise UnknownModel(f"{name} is a {model_type}, no vision tower we can read: {', '.join(VISION_CLASSES)}.")
     tower_class = getattr(transformers, VISION_CLASSES[model_type])
-    tower = _from_pretrained(tower_class, folder, dtype, **LOADING_ARGUMENTS.get(model_type, {}))
+    if quantized.is_quantized(folder):  # without the layer that is dropped
+        made = {name: value for name, value in LOADING_ARGUMENTS.get(model_type, {}).items() if name != "key_mapping"}
+        tower = quantized.load(lambda: tower_class(config, **made), folder, dtype)
+        drop_last_layer = None if model_type in CONVOLUTIONAL else False
+    else:
+        tower = _from_pretrained(tower_class, folder, dtype, **LOADING_ARGUMENTS.get(model_type, {}))
     preprocessor = folder / "preprocessor_config.json"
     normalisation = json.loads(preprocessor.read_text()) if preprocessor.is_file() else {}
     found: dict[str, Any] = {
@@ -293,7 +306,7 @@ def require_safetensors(folder: Path) -> None:
     raise MissingFile(f"{folder} has no weights: no .safetensors file is in it. Download the whole model.")
 
 
-def _from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype, **arguments: Any) -> Any:
+def _from_pretrained(model_class: Any, folder: Path, dtype: torch.dtype | Literal["auto"], **arguments: Any) -> Any:
     """The model with every weight from the folder, frozen; one that would be left random is an error."""
     require_safetensors(folder)
     with quiet():

@@ -31,6 +31,7 @@ def ask(
     json: options.Json = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Answer a question about a picture.
@@ -43,7 +44,7 @@ def ask(
 
     @cache  # opened once there is a picture to ask about
     def opened() -> Any:
-        return open_model(model, "generation", device=device, dtype=dtype, quiet=quiet)
+        return open_model(model, "generation", device=device, dtype=dtype, quantize=quantize, quiet=quiet)
 
     def answer(images: list[Any]) -> list[dict[str, Any]]:
         if given is None:

@@ -35,6 +35,7 @@ def caption(
     json: options.Json = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Say what pictures show.
@@ -51,6 +52,7 @@ def caption(
             *captioning_parts(model, best_of, [*chosen, *(["num_beams"] if preset else [])]),
             device=device,
             dtype=dtype,
+            quantize=quantize,
             quiet=quiet,
         )
 

@@ -27,6 +27,7 @@ def chat(
     max_new_tokens: options.MaxNewTokens = None,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Talk about a picture; what was said before is remembered.
@@ -35,7 +36,9 @@ def chat(
     """
     chosen = options.decoding_options(None, sample, top_p, temperature, max_new_tokens)
     is_terminal = sys.stdin.isatty()
-    dialogue = Dialogue(open_model(model, "generation", device=device, dtype=dtype, quiet=quiet), chosen)
+    dialogue = Dialogue(
+        open_model(model, "generation", device=device, dtype=dtype, quantize=quantize, quiet=quiet), chosen
+    )
     if file is not None:
         dialogue.show(file)
     if is_terminal:

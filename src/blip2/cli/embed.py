@@ -22,6 +22,7 @@ def embed(
     batch_size: options.BatchSize = 8,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Write unit vectors of pictures and texts to a NumPy file.
@@ -34,7 +35,7 @@ def embed(
     images, paths, num_bad = _load(pictures.expand(named))
     if not images and not texts:
         raise typer.Exit(2)
-    opened = open_model(model, "stage1", device=device, dtype=dtype, quiet=quiet)
+    opened = open_model(model, "stage1", device=device, dtype=dtype, quantize=quantize, quiet=quiet)
     import numpy as np
 
     arrays: dict[str, Any] = {}

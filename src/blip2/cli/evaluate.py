@@ -35,6 +35,7 @@ def evaluate(
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Measure a model on pictures and scenes that training kept away from it, beside chance, blind and simple methods.
@@ -51,7 +52,7 @@ def evaluate(
     read_manifest(folder)  # before the model, which takes longer to load
     tasks = _possible_tasks(model, task, quiet=quiet)
     begin = time.perf_counter()
-    opened = _open(model, tasks, device=device, dtype=dtype, quiet=quiet)
+    opened = _open(model, tasks, device=device, dtype=dtype, quantize=quantize, quiet=quiet)
     results = open_pairs.run(
         opened, folder, tasks, limit=limit, batch_size=batch_size, say=lambda text: note(text, quiet=quiet)
     )

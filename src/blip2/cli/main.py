@@ -22,6 +22,7 @@ from blip2.cli.export import export
 from blip2.cli.info import info
 from blip2.cli.init import init
 from blip2.cli.match import match
+from blip2.cli.quantize import quantize
 from blip2.cli.train import train
 from blip2.errors import Blip2Error
 
@@ -33,7 +34,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (caption, ask, chat, match, embed, info, demo, train, evaluate, export, convert, init):
+for command in (caption, ask, chat, match, embed, info, demo, train, evaluate, export, convert, quantize, init):
     app.command()(command)
 app.add_typer(data, name="data")
 

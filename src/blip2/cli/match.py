@@ -19,6 +19,7 @@ def match(
     json: options.Json = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
+    quantize: options.Quantize = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Compare a picture with texts; the best comes first.
@@ -30,7 +31,9 @@ def match(
     if len(found) != 1:
         raise UserError(f"{file} names {len(found)} pictures; match takes one.")
     image = found[0].load()
-    matches = open_model(model, "stage1", device=device, dtype=dtype, quiet=quiet).match(image, texts)
+    matches = open_model(model, "stage1", device=device, dtype=dtype, quantize=quantize, quiet=quiet).match(
+        image, texts
+    )
     if json:
         rows = [{"text": row.text, "itc": round(row.itc, 4), "itm": round(row.itm, 4)} for row in matches]
         print(json_format.dumps({"path": found[0].name, "matches": rows}, ensure_ascii=False))

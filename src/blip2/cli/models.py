@@ -12,9 +12,17 @@ from blip2.errors import UserError
 
 if TYPE_CHECKING:
     from blip2.inference.blip2 import Blip2
+    from blip2.model.quantized import Bits
 
 
-def open_model(name: str, *parts: str, device: str = "auto", dtype: str = "auto", quiet: bool = False) -> "Blip2":
+def open_model(
+    name: str,
+    *parts: str,
+    device: str = "auto",
+    dtype: str = "auto",
+    quantize: "Bits | None" = None,
+    quiet: bool = False,
+) -> "Blip2":
     """The model with the parts named loaded, "stage1" or "generation"; only those cost time and memory."""
     import torch
     from transformers.utils import logging
@@ -31,7 +39,7 @@ def open_model(name: str, *parts: str, device: str = "auto", dtype: str = "auto"
         dtype = "float32" if place == "cpu" else on_gpu
     _fetch_frozen(name, parts, quiet=quiet)
     spread = "auto" if device == "all" and num_gpus > 1 else None
-    return load(name, place, getattr(torch, dtype), parts=parts, device_map=spread)
+    return load(name, place, getattr(torch, dtype), parts=parts, device_map=spread, quantize=quantize)
 
 
 def captioning_parts(name: str, best_of: int | None = None, chosen: Collection[str] = ()) -> list[str]:

@@ -18,6 +18,10 @@ Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(help="Arithmetic of the frozen parts; auto: float32 on a CPU, bfloat16 on a GPU that has it."),
 ]
+Quantize = Annotated[
+    Literal["int8", "int4"] | None,
+    typer.Option(help="Round the LLM's weights as they are loaded, the image encoder's to int8; see blip2 quantize."),
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes on standard error.")]
 BatchSize = Annotated[int, typer.Option(min=1, max=1024, help="Pictures that go through the model at once.")]

@@ -25,6 +25,7 @@ from blip2.inference.decoding import (
     make_streamable,
 )
 from blip2.inference.generation import Generator
+from blip2.inference.image_cache import ImageCache, digest
 from blip2.inference.presets import Manner, Preset, Task, manner
 from blip2.inference.retrieval import Match, Retriever
 from blip2.inference.stage1_losses import Stage1Batch, Stage1Losses, stage1_losses
@@ -46,6 +47,7 @@ class Blip2:
     Attributes:
         settings: what blip2.json says.
         batch_size: how many pictures go through the model at once.
+        image_cache: features of the pictures seen last.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Blip2:
         self.settings = settings
         self.vision_model = vision_model
         self.batch_size = batch_size
+        self.image_cache = ImageCache()
         self.transform = ImageTransform(settings.image_size, settings.image_mean, settings.image_std)
         self._retriever = retriever
         self._generator = generator
@@ -270,13 +273,25 @@ class Blip2:
     @torch.inference_mode()
     def image_features(self, images: Images) -> Tensor:
         """Frozen image features (B, N, Dv): what `retriever` and `generator` take."""
-        device = next(self.vision_model.parameters()).device
         rows, _ = _rows(images)
         features = []
         for some in self._batches(len(rows)):
             pixel_values = self.transform.batch([load_image(image) for image in rows[some]])  # (B, 3, S, S)
-            features.append(self.vision_model(pixel_values.to(device)))
-        return torch.cat(features)
+            features += self._features(pixel_values)
+        return torch.stack(features)
+
+    def _features(self, pixel_values: Tensor) -> list[Tensor]:
+        """(N, Dv) of every row of `pixel_values`; what is in the cache, or there twice, is not computed again."""
+        device = next(self.vision_model.parameters()).device
+        keys = [digest(pixels) for pixels in pixel_values]
+        known = {key: kept[0] for key in keys if (kept := self.image_cache.get(key))}
+        new = {key: row for row, key in reversed([*enumerate(keys)]) if key not in known}
+        if new:
+            computed = self.vision_model(pixel_values[sorted(new.values())].to(device))
+            for key, features in zip(sorted(new, key=new.__getitem__), computed, strict=True):
+                known[key] = features.clone()  # of its own: not a view that keeps the whole batch alive
+                self.image_cache.put(key, [known[key]])
+        return [known[key] for key in keys]
 
     def embed_images(self, images: Images) -> np.ndarray:
         """Unit vectors (B, Q, E) of the pictures, one for each query; a text's similarity is that of the best query.

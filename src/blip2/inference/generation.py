@@ -5,16 +5,18 @@ image_features ─ Q-Former (reads the instruction, if it is aware of one) ─ v
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from blip2.inference.answers import score_answers
+from blip2.inference.image_cache import ImageCache, digest
 from blip2.inference.streaming import TokenStream
-from blip2.model.language import Decoding, LanguageModel
+from blip2.model.language import DecoderLM, Decoding, LanguageModel, Prefix
 from blip2.model.stage1 import Text
 from blip2.model.stage2 import Blip2Stage2
-from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer
+from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer, TextBatch
 
 
 class Generator:
@@ -25,6 +27,7 @@ class Generator:
         tokenizer: the language model's.
         instruction_tokenizer: the Q-Former's; None where the Q-Former reads no instruction.
         max_text_tokens: how much of an instruction is read.
+        image_cache: visual prompts made last, and the LLM's keys and values over them.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.instruction_tokenizer = instruction_tokenizer
         self.max_text_tokens = max_text_tokens
+        self.image_cache = ImageCache()
 
     @property
     def language_model(self) -> LanguageModel:
@@ -55,11 +59,38 @@ class Generator:
     @torch.inference_mode()
     def visual_prompt(self, image_features: Tensor, instructions: Sequence[str]) -> Tensor:
         """Soft visual prompts (B, Q, Dl) of image features (B, N, Dv); B instructions, unread if it is not aware."""
+        told = instructions if self.reads_instructions else [""] * len(image_features)
+        keys = [("prompt", digest(features), text) for features, text in zip(image_features, told, strict=True)]
+        kept = [self.image_cache.get(key) for key in keys]
+        new = [row for row, found in enumerate(kept) if found is None]
+        computed = iter(self._compute_visual_prompt(image_features[new], [told[row] for row in new]) if new else ())
+        prompts = [found[0] if found else next(computed).clone() for found in kept]  # B of (Q, Dl)
+        for row in new:
+            self.image_cache.put(keys[row], [prompts[row]])
+        return torch.stack(prompts)
+
+    def _compute_visual_prompt(self, image_features: Tensor, instructions: Sequence[str]) -> Tensor:
         image_features = image_features.to(self.model.query_tokens.dtype)
         if self.instruction_tokenizer is None:
             return self.model.visual_prompt(image_features)
         batch = self.instruction_tokenizer.encode(instructions, self.max_text_tokens).to(image_features.device)
         return self.model.visual_prompt(image_features, Text(batch.input_ids, batch.attention_mask))
+
+    def _generate(
+        self, visual_prompt: Tensor, prompt: TextBatch, decoding: Decoding, *, streamer: Any = None, stop: Any = None
+    ) -> Tensor:
+        """New tokens (B, T); the LLM reads the visual prompt of a single row only if it has not read it before."""
+        arguments: dict[str, Any] = {"streamer": streamer, "stop": stop}
+        language_model = self.language_model
+        if isinstance(language_model, DecoderLM) and len(visual_prompt) == 1:
+            key = ("prefix", digest(visual_prompt))
+            arguments["prefix"] = prefix = Prefix(self.image_cache.get(key) or ())
+        else:
+            key, prefix = None, None
+        new_ids = language_model.generate(visual_prompt, prompt.input_ids, prompt.attention_mask, decoding, **arguments)
+        if prefix is not None and prefix.keys_and_values:
+            self.image_cache.put(key, prefix.keys_and_values)
+        return new_ids
 
     @torch.inference_mode()
     def speak(
@@ -74,10 +105,7 @@ class Generator:
             decoding: how words are drawn.
         """
         prompt = self.tokenizer.encode_prompts(prompts).to(image_features.device)
-        new_ids = self.language_model.generate(
-            self.visual_prompt(image_features, instructions), prompt.input_ids, prompt.attention_mask, decoding
-        )  # (B, T)
-        return self.tokenizer.decode(new_ids)
+        return self.tokenizer.decode(self._generate(self.visual_prompt(image_features, instructions), prompt, decoding))
 
     def propose(
         self, image_features: Tensor, prompts: Sequence[str], instructions: Sequence[str], decoding: Decoding
@@ -98,14 +126,8 @@ class Generator:
         @torch.inference_mode()
         def generate() -> None:
             encoded = self.tokenizer.encode_prompts([prompt]).to(image_features.device)
-            self.language_model.generate(
-                self.visual_prompt(image_features, [instruction]),
-                encoded.input_ids,
-                encoded.attention_mask,
-                decoding,
-                streamer=stream,
-                stop=stream.stop,
-            )
+            visual_prompt = self.visual_prompt(image_features, [instruction])
+            self._generate(visual_prompt, encoded, decoding, streamer=stream, stop=stream.stop)
 
         return stream.read(generate)
 

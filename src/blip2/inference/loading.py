@@ -18,11 +18,13 @@ from torch import nn
 
 from blip2 import paths
 from blip2.checkpoints import convert, frozen, huggingface, native
+from blip2.checkpoints.quantize import refuse_quantized
 from blip2.errors import BadData, MissingFile, MissingPart, UnknownModel, Untrusted, UserError
 from blip2.inference.blip2 import Blip2
 from blip2.inference.generation import Generator
 from blip2.inference.retrieval import Retriever
 from blip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
+from blip2.model.quantized import Bits, arrange, quantize
 from blip2.model.stage1 import Blip2Stage1, load_text_weights
 from blip2.model.stage2 import Blip2Stage2
 from blip2.model.vision import ImageEncoder
@@ -41,6 +43,7 @@ def load(
     *,
     parts: Collection[str] | None = None,
     device_map: str | dict[str, int | str] | None = None,
+    quantize: Bits | None = None,
 ) -> Blip2:
     """A model ready to use.
 
@@ -53,9 +56,12 @@ def load(
             the model has.
         device_map: spreads the language model over several places as accelerate does it ("auto": over all GPUs), the
             rest staying on `device`; None: all on `device`.
+        quantize: round the language model's weights to "int8" or "int4", and the image encoder's to "int8", as they are
+            loaded; `blip2 quantize` does it once for all. None: as they are.
 
     Raises:
         UnknownModel: no model goes by that name.
+        UserError: quantize beside a device_map, or of a model that is quantised already.
         MissingPart: the model lacks a part in `parts`.
         Untrusted: a file is not the one that the model was saved with.
     """
@@ -67,7 +73,9 @@ def load(
             f"The model {str(name)!r} lacks {native.PARTS[part]}. "
             "Use one that has it (`blip2 info` lists the models and their parts), such as mini."
         )
-    loader = _Loader(folder, settings, torch.device(device), dtype, device_map)
+    if quantize is not None and device_map is not None:
+        raise UserError("A model is quantised on one device. Leave device_map out, or run blip2 quantize first.")
+    loader = _Loader(folder, settings, torch.device(device), dtype, device_map, quantize)
     vision_model = loader.vision_model()
     return Blip2(
         settings,
@@ -161,7 +169,9 @@ class _Loader:
         device: torch.device,
         dtype: torch.dtype,
         device_map: str | dict[str, int | str] | None,
+        quantize: Bits | None,
     ) -> None:
+        self.quantize: Bits | None = quantize
         self.folder = folder
         self.settings = settings
         self.device = device
@@ -175,6 +185,7 @@ class _Loader:
             self.settings.vision.place(self.folder), dtype=self.dtype, image_size=self.settings.image_size
         )
         self._check(self.settings.vision, vision_model)
+        self._lighten(vision_model, "int8")
         return vision_model.to(self.device).eval()
 
     def retriever(self) -> Retriever:
@@ -203,13 +214,23 @@ class _Loader:
         return Generator(model, tokenizer, instruction_tokenizer, settings.max_text_tokens)
 
     def _language_model(self, part: native.FrozenPart) -> tuple[LanguageModel, LanguageTokenizer]:
-        network, hf_tokenizer = frozen.load_language(part.name, dtype=self.dtype, device_map=self.device_map)
+        name = part.place(self.folder)
+        network, hf_tokenizer = frozen.load_language(name, dtype=self.dtype, device_map=self.device_map)
         if self.device_map is None:
             self._check(part, network)
+        self._lighten(network, self.quantize)
+        arrange(network, self.device)
         padding = "right" if network.config.is_encoder_decoder else "left"
         tokenizer = LanguageTokenizer(hf_tokenizer, prompt_padding=padding)
         language_model = wrap_language_model(network, tokenizer, stop=self.settings.stop)
         return language_model if self.device_map is not None else language_model.to(self.device), tokenizer
+
+    def _lighten(self, network: nn.Module, bits: Bits | None) -> None:
+        """Quantises a frozen part where that was asked for."""
+        if self.quantize is None or bits is None:
+            return
+        refuse_quantized(network, str(self.folder))
+        quantize(network, bits)
 
     def _text_start(self) -> frozen.TextInit:
         """The text initialisation's weights."""

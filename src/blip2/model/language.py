@@ -7,13 +7,14 @@ Prompts stand left of the target. In training, text is padded on the right and t
 are computed only there. Generation pads prompts between the visual prompt and the text, closed by the mask.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,18 @@ class Decoding:
         return chosen
 
 
+@dataclass
+class Prefix:
+    """What a decoder LLM has computed over a visual prompt, to go on from instead of reading it again.
+
+    Attributes:
+        keys_and_values: of every layer in turn, each (1, H, Q, Dh); empty where it has not read it yet. `generate`
+            fills it then, unless the LLM keeps only a window of what it read.
+    """
+
+    keys_and_values: Sequence[Tensor] = ()
+
+
 class _FrozenLM(nn.Module):
     """What both kinds share: frozen weights that stay in evaluation mode, embeddings and width."""
 
@@ -80,9 +93,17 @@ class _FrozenLM(nn.Module):
         return logits if not cap else cap * torch.tanh(logits / cap)
 
     def _generate(
-        self, embeds: Tensor, mask: Tensor, decoding: Decoding, streamer: Any, stop: Callable | None
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        decoding: Decoding,
+        streamer: Any,
+        stop: Callable | None,
+        cache: DynamicCache | None = None,
     ) -> Tensor:
         extra: dict[str, Any] = {"streamer": streamer} if streamer is not None else {}
+        if cache is not None:
+            extra["past_key_values"] = cache
         if stop is not None:
             extra["stopping_criteria"] = [stop]
         with torch.no_grad():
@@ -138,14 +159,29 @@ class DecoderLM(_FrozenLM):
         *,
         streamer: Any = None,
         stop: Callable | None = None,
+        prefix: Prefix | None = None,
     ) -> Tensor:
         """New token ids (B, T'), padded on the right, after [visual prompt | prompt] (prompt padded on the left).
 
         With R = `decoding.num_return_sequences` above 1 there are B * R rows, those of a prompt side by side.
+        With a single row a `prefix` may be given: what it holds is used, and if it is empty it is filled.
         """
         visual = visual_prompt.to(self.model.dtype)
         embeds, mask = _pad_left_of_all(visual, self.embed(prompt_ids), prompt_mask)
-        return self._generate(embeds, mask, decoding, streamer, stop)
+        if prefix is None:
+            return self._generate(embeds, mask, decoding, streamer, stop)
+        assert len(visual) == 1, "a prefix is that of one row"
+        cache, read = DynamicCache(config=self.model.config), prefix.keys_and_values
+        for layer, (keys, values) in enumerate(zip(read[::2], read[1::2], strict=True)):
+            cache.update(keys, values, layer)
+        if read:
+            cache.batch_repeat_interleave(max(decoding.num_beams, decoding.num_return_sequences))
+        new_ids = self._generate(embeds, mask, decoding, streamer, stop, cache)
+        if not read and all(type(layer) is DynamicLayer for layer in cache.layers):
+            layers: list[Any] = cache.layers
+            kept = [states[:1, :, : visual.shape[1]] for layer in layers for states in (layer.keys, layer.values)]
+            prefix.keys_and_values = [states.clone() for states in kept]
+        return new_ids
 
 
 class EncoderDecoderLM(_FrozenLM):

@@ -1,0 +1,146 @@
+"""A frozen part with few bits a weight, in a folder of its own that stands for it wherever a name or folder does.
+
+    quantization.json        how many bits, and which weights are one and the same
+    quantized.safetensors    what `model.quantized` made of the linear layers; everything else as it was
+    config.json, tokenizer, preprocessor_config.json   as the part had them
+
+`checkpoints.frozen` reads such a folder. Eight-bit weights are mapped and stay on disk until they are used; four-bit
+ones are read when they are laid out for the processor's kernel (`Int4Linear.arrange`).
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from blip2.errors import BadData, MissingFile, Untrusted
+from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear
+
+MARK = "quantization.json"
+WEIGHTS = "quantized.safetensors"
+FORMAT = 1
+AGAIN = "Write the folder again with blip2 quantize."
+
+
+def is_quantized(folder: Path) -> bool:
+    """Whether a folder holds a quantised part."""
+    return (folder / MARK).is_file()
+
+
+def save(network: Any, bits: str, folder: Path) -> None:
+    """Writes a network that `model.quantized.quantize` has been through.
+
+    Args:
+        network: a Hugging Face model or tower.
+        bits: what it was quantised to.
+        folder: where; made if need be.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    network.config.save_pretrained(folder)
+    if getattr(network, "generation_config", None) is not None:
+        network.generation_config.save_pretrained(folder)
+    weights: dict[str, Tensor] = {}
+    shared: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, tensor in network.state_dict().items():
+        owner = first.setdefault(tensor.data_ptr(), name)
+        if owner == name:
+            weights[name] = tensor.detach().cpu().contiguous()
+        else:
+            shared[name] = owner
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    mark = {"format": FORMAT, "bits": bits, "shared": shared}
+    (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+
+
+def load(make: Callable[[], Any], folder: Path, dtype: torch.dtype | Literal["auto"]) -> Any:
+    """The network in a quantised folder, frozen.
+
+    Args:
+        make: builds it without weights, of its configuration.
+        folder: as `save` wrote it.
+        dtype: of what was not quantised, and so of what flows between the layers; "auto": float32.
+
+    Raises:
+        MissingFile: there are no weights.
+        Untrusted: the weights are no whole safetensors file.
+        BadData: they do not fit config.json, or a newer version wrote them.
+    """
+    dtype = torch.float32 if dtype == "auto" else dtype
+    shared = _read_mark(folder)
+    weights = _read(folder / WEIGHTS)
+    weights |= {name: weights[owner] for name, owner in shared.items() if owner in weights}
+    with init_empty_weights(include_buffers=False):
+        network = make()
+    quantized, misshapen = [], set()
+    for place in sorted({name.rpartition(".")[0] for name in weights}):
+        layer = _layer(place, weights, network, dtype)
+        if layer is not None:
+            misshapen |= set() if _sizes(layer) == _sizes(network.get_submodule(place)) else {place}
+            network.set_submodule(place, layer)
+            quantized.append(f"{place}.")
+    own = network.state_dict()
+    misshapen |= {name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape}
+    if wrong := sorted((weights.keys() ^ own.keys()) | misshapen):
+        raise BadData(f"{folder / WEIGHTS} does not fit the config.json beside it ({', '.join(wrong[:3])}). {AGAIN}")
+    rest = {name: tensor for name, tensor in weights.items() if not name.startswith(tuple(quantized))}
+    floats = {name: tensor.to(dtype) for name, tensor in rest.items() if tensor.is_floating_point()}
+    network.load_state_dict(rest | floats, strict=False, assign=True)
+    return network.requires_grad_(False).eval()
+
+
+def _layer(place: str, weights: Mapping[str, Tensor], network: nn.Module, dtype: torch.dtype) -> nn.Module | None:
+    """The quantised layer at a place, of the weights found there; None where they are not of one."""
+    names = ("weight", "scale", "packed", "scale_and_zero", "bias")
+    weight, scale, packed, scale_and_zero, bias = (weights.get(f"{place}.{name}") for name in names)
+    try:
+        was = network.get_submodule(place)
+    except AttributeError:
+        return None  # `load` tells of weights that have no place
+    if packed is not None and scale_and_zero is not None:
+        return Int4Linear(packed, scale_and_zero, bias)
+    if weight is None or scale is None or weight.dtype != torch.int8:
+        return None
+    return Int8Embedding(weight, scale, dtype) if isinstance(was, nn.Embedding) else Int8Linear(weight, scale, bias)
+
+
+def _sizes(layer: Any) -> tuple[int, ...]:
+    """What must agree between a layer and the one it stands for: rows, columns, and as many biases and scales."""
+    bias = getattr(layer, "bias", None)
+    num_rows, num_columns = layer.weight.shape if layer.weight is not None else (layer.out_features, layer.in_features)
+    if type(layer).__name__ == "Conv1D":
+        num_rows, num_columns = num_columns, num_rows
+    scales = layer.scale_and_zero.shape[1] if isinstance(layer, Int4Linear) else len(getattr(layer, "scale", ()))
+    return num_rows, num_columns, num_rows if bias is None else len(bias), scales or num_rows
+
+
+def _read_mark(folder: Path) -> dict[str, str]:
+    try:
+        mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        if mark["format"] != FORMAT:
+            raise BadData(f"{folder / MARK} has a format that this version does not know. Update blip2.")
+        return {str(name): str(owner) for name, owner in mark["shared"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadData(f"{folder / MARK} is broken ({error!r}). {AGAIN}") from None
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    """All weights, mapped. Each has a mapping of its own, so that what is read once and let go frees its memory."""
+    if not path.is_file():
+        raise MissingFile(f"{path} is missing. {AGAIN}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        weights = {}
+        for name in names:
+            with safe_open(path, framework="pt") as file:
+                weights[name] = file.get_tensor(name)
+        return weights
+    except SafetensorError as error:
+        raise Untrusted(f"{path} is no whole safetensors file ({error}). {AGAIN}") from None

@@ -1,0 +1,251 @@
+"""Frozen linear layers with few bits a weight: eight, or four in groups.
+
+    Int8Linear   weight (N, K) int8, one scale a row; the input's rows are rounded to int8 as they come, each with its
+                 own scale, so a row's result does not depend on what else is in the batch
+    Int4Linear   weight (N, K) of 0..15 in groups of G along K, each with a scale and a zero; the input in bfloat16
+
+The matrix products are PyTorch's own kernels. Frozen means frozen: no gradient passes through, and asking for one is an
+error. What is no linear layer (convolutions, norms, position embeddings) keeps its precision.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from blip2.errors import UserError
+
+Bits = Literal["int8", "int4"]
+GROUP_SIZE = 32  # weights that share a scale and a zero in Int4Linear
+CLIPS = 12  # how far each group's range is narrowed in search of the least squared error
+NARROWEST = 0.7
+ROWS_AT_ONCE = 2048  # of a weight while it is rounded: bounds the memory that takes
+
+
+class Int8Linear(nn.Module):
+    """A frozen linear layer with int8 weights; see the module's docstring.
+
+    Attributes:
+        weight: (N, K) int8.
+        scale: (N,) float32; weight * scale is what was rounded.
+        bias: (N,) or None.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", bias)
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N), in x's dtype."""
+        refuse_gradient(x)
+        rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
+        row_scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-10) / 127  # (M, 1)
+        product = _int8_product((rows / row_scale).round().to(torch.int8), self.weight)  # (M, N)
+        y = product * row_scale * self.scale
+        if self.bias is not None:
+            y = y + self.bias
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}"
+
+
+class Int8Embedding(nn.Module):
+    """A frozen embedding with int8 weights, as an `Int8Linear` that shares its matrix has them.
+
+    Attributes:
+        weight: (V, D) int8.
+        scale: (V,) float32.
+        dtype: of what it gives.
+    """
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.dtype = dtype
+        self.num_embeddings, self.embedding_dim = weight.shape
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(...) -> (..., D)."""
+        return (self.weight[input_ids] * self.scale[input_ids][..., None]).to(self.dtype)
+
+
+class Int4Linear(nn.Module):
+    """A frozen linear layer with four-bit weights; see the module's docstring.
+
+    Attributes:
+        packed: (N, K / 2) uint8, two weights a byte, the one at the even place in the low half: as it is stored. The
+            kernel's own arrangement, which depends on the processor, takes its place on first use.
+        scale_and_zero: (K / G, N, 2) bfloat16; (q - 8) * scale + zero is what was rounded.
+        bias: (N,) or None.
+    """
+
+    packed: Tensor
+    scale_and_zero: Tensor
+    bias: Tensor | None
+    weight = None  # what asks a layer for its dtype (T5) finds none
+
+    def __init__(self, packed: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("packed", packed)
+        self.register_buffer("scale_and_zero", scale_and_zero)
+        self.register_buffer("bias", bias)
+        self.out_features, self.in_features = packed.shape[0], packed.shape[1] * 2
+        self.group_size = self.in_features // scale_and_zero.shape[0]
+        self._arranged: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., K) -> (..., N), in x's dtype."""
+        refuse_gradient(x)
+        if self._arranged is None or self._arranged.device != x.device:
+            self.arrange(x.device)
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)  # (M, K)
+        product = torch.ops.aten._weight_int4pack_mm if x.is_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu
+        y = product(rows, self._arranged, self.group_size, self.scale_and_zero).to(x.dtype)  # (M, N)
+        if self.bias is not None:
+            y = y + self.bias
+        return y.unflatten(0, x.shape[:-1])
+
+    def arrange(self, device: torch.device) -> None:
+        """Lays the weights out as the kernel of this processor reads them, and lets the stored ones go."""
+        if self._arranged is not None:
+            raise UserError("Four-bit weights stay where they were first used. Load the model for the other device.")
+        packed = self.packed.to(device)
+        if device.type == "cuda":  # one byte holds two weights, the even place in the high half
+            swapped = (packed << 4) | (packed >> 4)
+            self._arranged = torch.ops.aten._convert_weight_to_int4pack(swapped, 8)
+        else:
+            apart = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1).int()  # (N, K)
+            self._arranged = torch.ops.aten._convert_weight_to_int4pack_for_cpu(apart, 1)
+        self.packed = self.packed.new_empty(0)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, group_size={self.group_size}"
+
+
+def refuse_gradient(x: Tensor) -> None:
+    """Raises UserError where a gradient would have to pass through rounded numbers, and silently would not."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise UserError(
+            "Quantised parts pass no gradient on, so nothing can be trained through them. Train with the model as it "
+            "was before `blip2 quantize`, and quantise what comes out."
+        )
+
+
+def _int8_product(rows: Tensor, weight: Tensor) -> Tensor:
+    """(M, K) int8 times (N, K) int8 -> (M, N) float32, exact in between."""
+    if not rows.is_cuda:
+        return torch.ops.aten._int_mm(rows, weight.t()).float()
+    short = max(0, 17 - len(rows))  # cuBLASLt takes more than 16 rows
+    padded = nn.functional.pad(rows, (0, 0, 0, short + -(len(rows) + short) % 8))
+    return torch.ops.aten._int_mm(padded, weight.t())[: len(rows)].float()
+
+
+# Rounding
+
+
+def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, K) -> int8 (N, K) and scales (N,) float32: each row's largest weight becomes 127."""
+    scale = weight.abs().amax(dim=1).float().clamp(min=1e-10) / 127
+    rounded = [
+        (rows.float() / scales[:, None]).round().to(torch.int8)
+        for rows, scales in zip(weight.split(ROWS_AT_ONCE), scale.split(ROWS_AT_ONCE), strict=True)
+    ]
+    return torch.cat(rounded), scale
+
+
+def to_int4(weight: Tensor, group_size: int = GROUP_SIZE) -> tuple[Tensor, Tensor]:
+    """(N, K) -> packed weights and scale_and_zero, as `Int4Linear` has them.
+
+    The range of every group is narrowed a little at a time, and the one with the least squared error is kept.
+    """
+    parts = [_rows_to_int4(rows.float(), group_size) for rows in weight.split(ROWS_AT_ONCE)]
+    packed, scale_and_zero = zip(*parts, strict=True)
+    return torch.cat(packed), torch.cat(scale_and_zero, dim=1)
+
+
+def _rows_to_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    groups = weight.unflatten(1, (-1, group_size))  # (N, K / G, G)
+    low, high = groups.aminmax(dim=2)  # (N, K / G)
+    middle, half = (low + high) / 2, (high - low) / 2
+    best_error = torch.full_like(low, torch.inf)
+    best_scale, best_zero = torch.empty_like(low), torch.empty_like(low)
+    for share in torch.linspace(1, NARROWEST, CLIPS).tolist():
+        # As the kernel has them: bfloat16, and whole steps away from the zero, which stands for 8.
+        scale = (2 * half * share / 15).clamp(min=1e-10).bfloat16().float()
+        zero = (middle + scale / 2).bfloat16().float()
+        error = (_fourbit(groups, scale, zero).sub_(8).mul_(scale[..., None]).add_(zero[..., None]) - groups).square_()
+        error = error.sum(dim=2)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+    q = _fourbit(groups, best_scale, best_zero).flatten(1).to(torch.uint8)  # (N, K)
+    packed = q[:, ::2] | (q[:, 1::2] << 4)
+    return packed, torch.stack([best_scale.t(), best_zero.t()], dim=2).bfloat16()
+
+
+def _fourbit(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    return ((groups - zero[..., None]) / scale[..., None] + 8).round_().clamp_(0, 15)
+
+
+# Networks
+
+
+def quantize(network: Any, bits: Bits, *, group_size: int = GROUP_SIZE) -> int:
+    """Replaces the linear layers of a frozen network, and the word embeddings that one of them shares, in place.
+
+    The matrix that gives the vocabulary's logits has eight bits in any case, and so has a layer whose width the
+    four-bit kernel cannot take.
+
+    Args:
+        network: a Hugging Face model or tower.
+        bits: of the weights.
+        group_size: weights that share a scale; 32, 64, 128 or 256.
+
+    Returns:
+        How many layers were replaced.
+    """
+    head = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+    words = network.get_input_embeddings() if head is not None else None
+    shares = head is not None and type(words) is nn.Embedding and words.weight is head.weight
+    names = [name for name, layer in network.named_modules() if name and _is_linear(layer)]
+    for name in names:  # one by one: what is replaced frees its memory
+        layer: Any = network.get_submodule(name)
+        weight = layer.weight.detach() if type(layer) is nn.Linear else layer.weight.detach().t().contiguous()
+        bias = None if layer.bias is None else layer.bias.detach().float()
+        if bits == "int4" and layer is not head and _fits_int4(weight, group_size):
+            network.set_submodule(name, Int4Linear(*to_int4(weight, group_size), bias))
+            continue
+        rounded, scale = to_int8(weight)
+        network.set_submodule(name, Int8Linear(rounded, scale, bias))
+        if layer is head and words is not None and shares:
+            for place in [place for place, module in network.named_modules() if module is words]:
+                network.set_submodule(place, Int8Embedding(rounded, scale, words.weight.dtype))
+    return len(names)
+
+
+def arrange(network: nn.Module, device: torch.device) -> None:
+    """Lays the four-bit weights out for `device` now, instead of on first use."""
+    for layer in network.modules():
+        if isinstance(layer, Int4Linear):
+            layer.arrange(device)
+
+
+def _is_linear(layer: nn.Module) -> bool:
+    """Also GPT-2's, which keeps its matrix the other way round."""
+    return type(layer) is nn.Linear or type(layer).__name__ == "Conv1D"
+
+
+def _fits_int4(weight: Tensor, group_size: int) -> bool:
+    return weight.shape[0] % 16 == 0 and weight.shape[1] % group_size == 0

@@ -1,0 +1,106 @@
+"""The second question about a picture: nothing is computed twice, and nothing is answered differently."""
+
+import pytest
+import torch
+from parity.hf_checkpoints import PROMPTS, made_on_first_use, pictures
+
+import blip2
+from blip2.inference.image_cache import ImageCache, digest
+
+SPEAKING = ("blip2-opt", "blip2-t5", "instructblip-llama", "instructblip-t5")
+WAYS = ({}, {"num_beams": 4}, {"max_new_tokens": 5}, {"repetition_penalty": 1.5})
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory):
+    """Kind -> a checkpoint of Hugging Face's."""
+    return made_on_first_use(tmp_path_factory)
+
+
+def count_rows(module):
+    """A list that grows by the number of rows of every input `module` is given."""
+    seen = []
+    module.register_forward_hook(
+        lambda _, args, kwargs, __: seen.append(len([*args, *kwargs.values()][0])), with_kwargs=True
+    )
+    return seen
+
+
+def test_the_least_recently_used_goes_when_the_bound_is_reached():
+    cache = ImageCache(max_bytes=100)
+    a, b, c = (torch.zeros(10) + i for i in range(3))  # 40 bytes each
+    cache.put("a", [a])
+    cache.put("b", [b])
+    assert cache.get("a") == (a,)  # now b is the older
+    cache.put("c", [c])
+    assert cache.get("b") is None and cache.get("a") is not None and cache.get("c") is not None
+    assert cache.num_bytes == 80
+    cache.put("large", [torch.zeros(26)])
+    assert cache.get("large") is None and cache.num_bytes == 80
+    cache.clear()
+    assert len(cache) == 0 and cache.num_bytes == 0 and cache.get("a") is None
+
+
+def test_a_digest_tells_contents_apart_and_nothing_else():
+    a = torch.arange(12.0).reshape(3, 4)
+    assert digest(a) == digest(a.t().contiguous().t())
+    assert digest(a) != digest(a + 1e-6) and digest(a.bfloat16()) != digest(a)
+
+
+@pytest.mark.parametrize("kind", SPEAKING)
+def test_later_questions_are_answered_as_first_ones(peers, kind):
+    fresh, warm = blip2.load(peers(kind).folder), blip2.load(peers(kind).folder)
+    fresh.image_cache.max_bytes = fresh.generator.image_cache.max_bytes = 0
+    differing = set()
+    for image in pictures(2):
+        for prompt, options in zip(PROMPTS, WAYS, strict=True):
+            expected = fresh.generate([image], prompt, **options)
+            assert warm.generate([image], prompt, **options) == expected
+            differing.add(expected[0])
+        assert "".join(warm.stream(image, PROMPTS[1])) == "".join(fresh.stream(image, PROMPTS[1]))
+    assert len(differing) > 4 and len(fresh.image_cache) == len(fresh.generator.image_cache) == 0
+
+
+@pytest.mark.parametrize("kind", SPEAKING)
+def test_the_picture_goes_through_each_part_once(peers, kind):
+    model, image = blip2.load(peers(kind).folder), pictures(1)[0]
+    generator = model.generator
+    looks, queries = count_rows(model.vision_model), count_rows(generator.model.language_projection)
+    decoder = generator.language_model.model.get_decoder()
+    lengths = []
+
+    def note_length(_, __, kwargs, ___):
+        if kwargs.get("inputs_embeds") is not None:
+            lengths.append(kwargs["inputs_embeds"].shape[1])
+
+    decoder.register_forward_hook(note_length, with_kwargs=True)
+    first = model.generate([image], "a photo of", "a")
+    model.generate([image], "a photo of:", "a")
+    assert looks == [1] and queries == [1]
+    if not generator.language_model.is_encoder_decoder:
+        assert lengths[0] > generator.model.config.num_query_tokens
+        assert lengths[1] == lengths[0] + 1 - generator.model.config.num_query_tokens  # one letter more, no picture
+    assert model.generate([image], "a photo of", "a") == first
+
+
+def test_a_picture_is_known_by_what_it_shows(peers, tmp_path):
+    model = blip2.load(peers("blip2-opt").folder)
+    looks = count_rows(model.vision_model)
+    one, other = pictures(2)
+    one.save(tmp_path / "a.png")
+    one.save(tmp_path / "b.png")
+    before = model.image_features(tmp_path / "a.png")
+    assert torch.equal(model.image_features(tmp_path / "b.png"), before) and looks == [1]
+    other.save(tmp_path / "a.png")
+    assert not torch.equal(model.image_features(tmp_path / "a.png"), before) and looks == [1, 1]
+
+
+def test_a_picture_that_is_twice_in_a_list_is_computed_once(peers):
+    model = blip2.load(peers("blip2-opt").folder)
+    looks = count_rows(model.vision_model)
+    one, two, three = pictures(3)
+    features = model.image_features([two, one, two, three, one])
+    assert looks == [3]
+    alone = blip2.load(peers("blip2-opt").folder)
+    expected = torch.cat([alone.image_features(image) for image in (two, one, two, three, one)])
+    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)

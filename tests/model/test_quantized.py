@@ -1,0 +1,106 @@
+"""Layers of few bits give what their rounded weights give, near what the whole weights gave."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+from blip2.errors import UserError
+from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear, quantize, to_int4, to_int8
+
+OPT = {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "word_embed_proj_dim": 64}
+
+
+@pytest.fixture
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(128, 48).requires_grad_(False)
+
+
+def four_bits(layer):
+    """The weight that a four-bit layer stands for, of its stored numbers."""
+    q = torch.stack([layer.packed & 15, layer.packed >> 4], dim=2).flatten(1).float()  # (N, K)
+    scale, zero = layer.scale_and_zero.float().unbind(dim=2)  # (K / G, N)
+    groups = q.unflatten(1, (-1, layer.group_size))
+    return ((groups - 8) * scale.t()[..., None] + zero.t()[..., None]).flatten(1)
+
+
+def test_int8_rounds_weights_to_a_127th_of_their_rows_largest(linear):
+    weight, scale = to_int8(linear.weight)
+    assert torch.equal(weight.abs().amax(dim=1), torch.full((48,), 127, dtype=torch.int8))
+    assert ((weight * scale[:, None] - linear.weight).abs() <= scale[:, None] / 2 + 1e-7).all()
+
+
+def test_an_int8_layer_computes_with_its_rounded_weights_and_inputs(linear):
+    x = torch.randn(2, 5, 128)
+    layer = Int8Linear(*to_int8(linear.weight), linear.bias)
+    row_scale = x.abs().amax(dim=-1, keepdim=True) / 127
+    rounded = (x / row_scale).round() * row_scale
+    expected = nn.functional.linear(rounded, layer.weight * layer.scale[:, None], linear.bias)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    assert (layer(x) - linear(x)).abs().max() < 0.02 * linear(x).abs().max()
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(linear):
+    x = torch.randn(7, 128) * torch.logspace(-2, 2, 7)[:, None]
+    layer = Int8Linear(*to_int8(linear.weight), linear.bias)
+    assert torch.equal(layer(x), torch.cat([layer(row[None]) for row in x]))
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_an_int4_layer_computes_with_the_weights_it_stores(linear, group_size):
+    layer = Int4Linear(*to_int4(linear.weight, group_size), linear.bias)
+    weight = four_bits(layer)
+    x = torch.randn(2, 5, 128)
+    expected = nn.functional.linear(x.bfloat16().float(), weight, linear.bias)
+    assert (layer(x) - expected).abs().max() < 0.01 * expected.abs().max()  # its sums are bfloat16
+    assert (weight - linear.weight).square().mean() < 0.0045 * linear.weight.square().mean()
+    assert layer.packed.numel() == 0, "the stored weights are let go once they are laid out"
+
+
+def test_narrowed_ranges_lose_less_where_few_weights_stand_out():
+    torch.manual_seed(0)
+    weight = torch.randn(32, 128)
+    low, high = weight.aminmax(dim=1)
+    step = ((high - low) / 15)[:, None]
+    whole_range = ((weight - low[:, None]) / step).round() * step + low[:, None]
+    layer = Int4Linear(*to_int4(weight, 128), None)
+    assert (four_bits(layer) - weight).square().mean() < 0.95 * (whole_range - weight).square().mean()
+
+
+def test_a_gradient_is_refused_instead_of_lost(linear):
+    x = torch.randn(1, 128, requires_grad=True)
+    for layer in (Int8Linear(*to_int8(linear.weight), None), Int4Linear(*to_int4(linear.weight), None)):
+        with pytest.raises(UserError, match="no gradient"):
+            layer(x)
+        with torch.no_grad():
+            layer(x)
+
+
+def test_a_language_model_keeps_eight_bits_where_it_meets_words():
+    torch.manual_seed(0)
+    network = OPTForCausalLM(OPTConfig(vocab_size=80, **OPT)).eval().requires_grad_(False)
+    assert quantize(network, "int4", group_size=32) == 7  # four of attention, two of the MLP, the logits
+    head, words = network.lm_head, network.get_input_embeddings()
+    assert isinstance(head, Int8Linear) and isinstance(words, Int8Embedding)
+    assert words.weight.data_ptr() == head.weight.data_ptr()
+    assert isinstance(network.model.decoder.layers[0].fc1, Int4Linear)
+
+
+def test_a_width_that_the_four_bit_kernel_cannot_take_gets_eight():
+    network = OPTForCausalLM(OPTConfig(vocab_size=80, **OPT | {"ffn_dim": 90})).requires_grad_(False)
+    quantize(network, "int4", group_size=64)
+    layer = network.model.decoder.layers[0]
+    assert isinstance(layer.fc1, Int8Linear) and isinstance(layer.fc2, Int8Linear)
+    assert isinstance(layer.self_attn.q_proj, Int4Linear)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_gpt2s_transposed_layers_are_taken_the_right_way_round(bits):
+    torch.manual_seed(0)
+    network = GPT2LMHeadModel(GPT2Config(vocab_size=80, n_embd=64, n_layer=2, n_head=4)).eval().requires_grad_(False)
+    input_ids = torch.arange(12)[None]
+    before = network(input_ids).logits
+    quantize(network, bits)
+    after = network(input_ids).logits
+    assert (after - before).square().mean() < 0.02 * before.square().mean()
