@@ -11,6 +11,7 @@ import typer
 
 from blip2 import __version__
 from blip2.cli.ask import ask
+from blip2.cli.bench import bench
 from blip2.cli.caption import caption
 from blip2.cli.chat import chat
 from blip2.cli.convert import convert
@@ -34,7 +35,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (caption, ask, chat, match, embed, info, demo, train, evaluate, export, convert, quantize, init):
+for command in (caption, ask, chat, match, embed, info, demo, train, evaluate, export, convert, quantize, init, bench):
     app.command()(command)
 app.add_typer(data, name="data")
 

@@ -32,14 +32,22 @@ def open_model(
     warnings.filterwarnings("ignore")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    place, dtype = place_and_dtype(device, dtype)
+    _fetch_frozen(name, parts, quiet=quiet)
+    spread = "auto" if device == "all" and torch.cuda.device_count() > 1 else None
+    return load(name, place, getattr(torch, dtype), parts=parts, device_map=spread, quantize=quantize)
+
+
+def place_and_dtype(device: str, dtype: str) -> tuple[str, str]:
+    """What PyTorch calls the device and the dtype that were asked for; "auto" is decided here."""
+    import torch
+
     num_gpus = torch.cuda.device_count()
     place = _device("auto" if device == "all" else device, num_gpus)
     if dtype == "auto":
         on_gpu = "bfloat16" if num_gpus and torch.cuda.is_bf16_supported() else "float16"
         dtype = "float32" if place == "cpu" else on_gpu
-    _fetch_frozen(name, parts, quiet=quiet)
-    spread = "auto" if device == "all" and num_gpus > 1 else None
-    return load(name, place, getattr(torch, dtype), parts=parts, device_map=spread, quantize=quantize)
+    return place, dtype
 
 
 def captioning_parts(name: str, best_of: int | None = None, chosen: Collection[str] = ()) -> list[str]:
