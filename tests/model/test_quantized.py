@@ -58,6 +58,17 @@ def test_an_int4_layer_computes_with_the_weights_it_stores(linear, group_size):
     assert layer.packed.numel() == 0, "the stored weights are let go once they are laid out"
 
 
+def test_more_rows_than_are_laid_out_at_once_give_the_same():
+    torch.manual_seed(0)
+    weight, x = torch.randn(1008, 64), torch.randn(3, 64)
+    whole = Int4Linear(*to_int4(weight), None)
+    stored = four_bits(whole)
+    y = whole(x)
+    assert (y - x.bfloat16().float() @ stored.t()).abs().max() < 0.01 * y.abs().max()
+    parts = [Int4Linear(*to_int4(rows), None)(x) for rows in weight.split(240)]
+    assert torch.equal(torch.cat(parts, dim=1), y)
+
+
 def test_narrowed_ranges_lose_less_where_few_weights_stand_out():
     torch.manual_seed(0)
     weight = torch.randn(32, 128)

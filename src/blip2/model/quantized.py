@@ -19,6 +19,7 @@ Bits = Literal["int8", "int4"]
 GROUP_SIZE = 32  # weights that share a scale and a zero in Int4Linear
 CLIPS = 12  # how far each group's range is narrowed in search of the least squared error
 NARROWEST = 0.7
+ARRANGED_AT_ONCE = 256  # rows of a weight, a multiple of the four-bit kernels' blocks of 16, 32 or 64
 ROWS_AT_ONCE = 2048  # of a weight while it is rounded: bounds the memory that takes
 
 
@@ -126,8 +127,15 @@ class Int4Linear(nn.Module):
             swapped = (packed << 4) | (packed >> 4)
             self._arranged = torch.ops.aten._convert_weight_to_int4pack(swapped, 8)
         else:
-            apart = torch.stack([packed & 15, packed >> 4], dim=2).flatten(1).int()  # (N, K)
-            self._arranged = torch.ops.aten._convert_weight_to_int4pack_for_cpu(apart, 1)
+            # Some rows at a time, each a whole number of the kernel's blocks, all through one buffer: an int32 copy of
+            # every matrix would leave twice the model's size in holes behind.
+            self._arranged = torch.empty_like(packed)
+            apart = torch.empty(ARRANGED_AT_ONCE, self.in_features, dtype=torch.int32)
+            for rows, place in zip(packed.split(ARRANGED_AT_ONCE), self._arranged.split(ARRANGED_AT_ONCE), strict=True):
+                unpacked = apart[: len(rows)]
+                unpacked[:, ::2] = rows & 15
+                unpacked[:, 1::2] = rows >> 4
+                place.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpacked, 1))
         self.packed = self.packed.new_empty(0)
 
     def extra_repr(self) -> str:
