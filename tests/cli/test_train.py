@@ -30,7 +30,7 @@ def blip2(monkeypatch, *arguments):
 
 
 def test_show_prints_the_resolved_recipe_with_flags_before_settings(monkeypatch, capsys, tmp_path, recipe_file):
-    data = tmp_path / "my #data: 1"
+    data = tmp_path / ("a long name " * 12) / "my #data: 1"
     code = blip2(
         monkeypatch, "train", recipe_file, "--show", "--steps", "7", "--learning-rate", "3e-5", "--data", str(data),
         "--set", "optimizer.weight_decay=0.1", "--set", "training.steps=9",

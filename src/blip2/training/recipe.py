@@ -7,6 +7,7 @@ imported by name. The resolved recipe is kept in every checkpoint and can be run
 """
 
 import dataclasses
+import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
@@ -373,7 +374,7 @@ def to_settings(recipe: Recipe) -> dict[str, Any]:
 def to_yaml(recipe: Recipe, with_help: bool = False) -> str:
     """The resolved recipe as YAML that `read_recipe` takes; with_help puts each setting's help above it."""
     if not with_help:
-        return yaml.safe_dump(to_settings(recipe), sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(to_settings(recipe), sort_keys=False, allow_unicode=True, width=math.inf)
     return "".join(_lines_with_help(recipe, ""))
 
 
@@ -404,4 +405,6 @@ def _lines_with_help(section: Any, indent: str) -> Iterator[str]:
         plain = TypeAdapter(type(value)).dump_python(value, mode="json")
         if isinstance(plain, tuple | list):
             plain = [TypeAdapter(type(item)).dump_python(item, mode="json") for item in value]
-        yield textwrap.indent(yaml.safe_dump({name: plain}, sort_keys=False, allow_unicode=True), indent)
+        yield textwrap.indent(
+            yaml.safe_dump({name: plain}, sort_keys=False, allow_unicode=True, width=math.inf), indent
+        )
