@@ -52,7 +52,7 @@ def said(model):
 @pytest.mark.parametrize("kind", SPEAKING)
 def test_the_folder_gives_what_rounding_at_load_gives(peers, tmp_path, kind, bits):
     folder = peers(kind).folder
-    assert run("quantize", folder, tmp_path / "small", "--to", bits).strip() == str(tmp_path / "small")
+    assert run("quantize", folder, tmp_path / "small", "--to", bits, "--quiet").strip() == str(tmp_path / "small")
     moved = tmp_path / "elsewhere"
     (tmp_path / "small").rename(moved)
     rounded, read = said(blip2.load(folder, quantize=bits)), said(blip2.load(moved))
@@ -92,6 +92,7 @@ def test_our_own_folder_keeps_both_parts_and_stores_no_layer_that_the_encoder_dr
     told = json.loads((tmp_path / "small" / "blip2.json").read_text())
     assert told["parts"].keys() == {"stage1", "generation"}
     assert told["language"]["name"] == "./language" and told["notes"]["quantized"]["bits"] == "int8"
+    assert f"int8 of {tmp_path / 'language'}, see there, ./language" in run("info", "--model", tmp_path / "small")
     assert json.loads((tmp_path / "small" / "vision" / "config.json").read_text())["num_hidden_layers"] == 2
     model, image = blip2.load(tmp_path / "small"), pictures(1)[0]
     assert isinstance(model.caption(image), str) and model.match(image, ["a cup"])
@@ -103,6 +104,13 @@ def test_rounding_twice_is_refused(small, tmp_path):
     with pytest.raises(UserError, match="quantised already"):
         blip2.load(small, quantize="int8")
     assert not (tmp_path / "again").exists() and not list(tmp_path.glob(".again*"))
+
+
+@pytest.mark.parametrize("to", ["hf", "lavis", "blip2"])
+def test_a_quantised_model_is_not_converted(small, tmp_path, to):
+    with pytest.raises(UserError, match="Convert what it was made of"):
+        run("convert", small, tmp_path / "other", "--to", to)
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

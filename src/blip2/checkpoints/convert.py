@@ -76,7 +76,7 @@ def read(source: Path, name: str, parts: FrozenNames, part: str | None = None) -
         part: which one to take of a model folder that has two.
 
     Raises:
-        UserError: a .pth whose frozen parts are not named.
+        UserError: a .pth whose frozen parts are not named; a quantised model.
         MissingPart: there are two parts and none is named, or the part is not there.
         MissingFile, BadData, UnknownModel, Untrusted: what is there cannot be read, or not safely.
     """
@@ -172,6 +172,10 @@ def _from_folder(source: Path, part: str | None) -> Bridge:
         if len(settings.parts) != 1:
             raise MissingPart(f"{source} has {' and '.join(settings.parts)}; one is converted. Add --part NAME.")
         (part,) = settings.parts
+    if "quantized" in settings.notes:
+        raise UserError(
+            f"{source} has quantised frozen parts, which no other format holds. Convert what it was made of."
+        )
     weights = native.load_part(source, settings, part, dtype=None)
     if settings.from_text_init and settings.text_init and _reads_text(settings, part):
         start = Blip2Stage1(None, settings.qformer)

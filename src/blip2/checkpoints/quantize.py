@@ -37,7 +37,11 @@ def write(source: Path, name: str, target: Path, bits: Bits, *, group_size: int 
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as beside:
         made, folders = _parts(source, settings, bits, group_size, Path(beside), name)
-        made = replace(made, notes=made.notes | {"quantized": {"bits": bits, "from": name}})
+        rounded = {"bits": bits, "from": name, "parts": {}}
+        for part, was in ((VISION, settings.vision), (LANGUAGE, settings.language)):
+            if part in folders and was is not None:
+                rounded["parts"][part] = {"name": was.name, "bits": "int8" if part == VISION else bits}
+        made = replace(made, notes=made.notes | {"quantized": rounded})
         if is_hugging_face:
             bridge = convert.read(source, name, convert.FrozenNames())
             made = replace(bridge.settings, vision=made.vision, language=made.language, notes=made.notes)

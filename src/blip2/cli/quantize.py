@@ -5,6 +5,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from blip2.cli import options
+from blip2.cli.output import note
 from blip2.errors import UserError
 
 
@@ -15,6 +17,7 @@ def quantize(
     group_size: Annotated[
         int, typer.Option(help="With int4: weights that share a scale, 32, 64, 128 or 256; fewer are more exact.")
     ] = 32,
+    quiet: options.Quiet = False,
 ) -> None:
     """Write a model with int8 or int4 weights: a fraction of the memory, faster on a CPU, its answers nearly the same.
 
@@ -29,5 +32,6 @@ def quantize(
     folder = find_model(source)
     if target.exists() and folder.resolve() == target.resolve():
         raise UserError(f"{target} would be written over what it is read from. Give another DST.")
+    note(f"Rounding {source} to {to}; a few billion weights take a minute or two.", quiet=quiet)
     write(folder, source, target, to, group_size=group_size)
     print(target)
