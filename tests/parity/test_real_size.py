@@ -9,49 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Blip2Config, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessorPil
+from transformers import Blip2ForConditionalGeneration
 
 import blip2
 from blip2.model.language import Decoding
 
-from .hf_checkpoints import PROMPTS, language_tokenizer, pictures
+from .hf_checkpoints import PROMPTS, pictures
+from .real_sizes import make
 
 BYTES = 8_000_000_000
-OPT = {
-    "model_type": "opt",
-    "hidden_size": 2560,
-    "word_embed_proj_dim": 2560,
-    "ffn_dim": 10_240,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "vocab_size": 50_272,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 2,
-}
 NEW_TOKENS = 5
-
-
-def make(folder):
-    """The published shapes in shards of 2 GB."""
-    tokenizer = language_tokenizer("blip2-opt")
-    processor = Blip2Processor(
-        BlipImageProcessorPil(size={"height": 224, "width": 224}), tokenizer, num_query_tokens=32
-    )
-    config = Blip2Config(text_config=OPT, image_token_index=processor.tokenizer.convert_tokens_to_ids("<image>"))
-    assert (config.vision_config.hidden_size, config.vision_config.num_hidden_layers) == (1408, 39)
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = Blip2ForConditionalGeneration(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for name, parameter in model.named_parameters():  # published starts are too small to tell pictures apart
-        if parameter.ndim > 1 and not name.startswith("language_model."):
-            torch.nn.init.normal_(parameter, std=0.05 if name.startswith("vision_model.") else 0.1)
-    model.save_pretrained(folder, max_shard_size="2GB")
-    processor.save_pretrained(folder)
-    return processor
 
 
 @pytest.mark.slow
@@ -60,7 +27,7 @@ def test_opt_2_7b_with_vit_g_gives_the_numbers_of_transformers(tmp_path):
     if shutil.disk_usage(tmp_path).free < 2 * BYTES or available_memory() < 1.3 * BYTES:
         pytest.skip("needs 16 GB of disk and 11 GB of memory")
     folder, images, prompts = tmp_path / "opt-2.7b", pictures(2), list(PROMPTS[:2])
-    processor = make(folder)
+    processor = make(folder, "opt-2.7b")
     gc.collect()
     theirs = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
     inputs = processor(images=images, text=prompts, padding=True, return_tensors="pt").to(torch.bfloat16)

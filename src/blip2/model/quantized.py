@@ -47,11 +47,9 @@ class Int8Linear(nn.Module):
         """(..., K) -> (..., N), in x's dtype."""
         refuse_gradient(x)
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
-        row_scale = rows.abs().amax(dim=1, keepdim=True).clamp(min=1e-10) / 127  # (M, 1)
-        product = _int8_product((rows / row_scale).round().to(torch.int8), self.weight)  # (M, N)
-        y = product * row_scale * self.scale
-        if self.bias is not None:
-            y = y + self.bias
+        row_scale = rows.abs().amax(dim=1, keepdim=True).clamp_(min=1e-10).div_(127)  # (M, 1)
+        y = _int8_product((rows / row_scale).round_().to(torch.int8), self.weight).mul_(row_scale)  # (M, N)
+        y = y.mul_(self.scale) if self.bias is None else torch.addcmul(self.bias, y, self.scale)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def extra_repr(self) -> str:
