@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from blip2.model.language import DecoderLM
+from blip2.model.language import DecoderLM, Decoding
 
 VOCABULARY, WIDTH = 60, 16
 PROMPTS, TARGETS = ([5, 6, 7, 8], [9], [3, 4]), ([11, 2], [12, 13, 14, 2], [15, 16, 2])
@@ -50,3 +50,15 @@ def test_ragged_rows_have_the_losses_that_each_has_alone(make):
         logits = network(inputs_embeds=embeds).logits[0, -len(after) - 1 : -1]
         expected = torch.nn.functional.cross_entropy(logits, torch.tensor(after), reduction="none")
         assert losses[row, : len(after)].tolist() == pytest.approx(expected.tolist(), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("make", [_llama, _gpt2, _opt])
+def test_the_vocabularys_matrix_is_given_inputs_in_one_piece(make):
+    """In bfloat16 on a CPU PyTorch would otherwise copy the matrix once a row, at the first word of every batch."""
+    language_model = DecoderLM(make().eval(), stop_ids=[2], pad_id=1)
+    prompt_ids, prompt_mask = _padded(PROMPTS, left=True)
+    seen = []
+    head = language_model.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, arguments, __: seen.append(arguments[0]))
+    language_model.generate(torch.randn(len(PROMPTS), 4, WIDTH), prompt_ids, prompt_mask, Decoding(max_new_tokens=3))
+    assert seen and all(hidden.is_contiguous() for hidden in seen)

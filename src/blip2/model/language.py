@@ -62,6 +62,12 @@ class Prefix:
     keys_and_values: Sequence[Tensor] = ()
 
 
+def _in_one_piece(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The last positions of a prompt lie apart in memory. Of such an input PyTorch makes a batched product, which in
+    bfloat16 on a CPU copies the whole matrix of the vocabulary for every row: 7 GB and 18 s for 128 rows of SmolLM2."""
+    return (arguments[0].contiguous(), *arguments[1:])
+
+
 class _FrozenLM(nn.Module):
     """What both kinds share: frozen weights that stay in evaluation mode, embeddings and width."""
 
@@ -72,6 +78,9 @@ class _FrozenLM(nn.Module):
         self.model = model.eval().requires_grad_(False)
         self.stop_ids = stop_ids
         self.pad_id = pad_id
+        head = self.model.get_output_embeddings()
+        if head is not None:
+            head.register_forward_pre_hook(_in_one_piece)
 
     @property
     def width(self) -> int:
