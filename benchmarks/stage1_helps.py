@@ -2,7 +2,7 @@
 
     python benchmarks/stage1_helps.py --start mini-stage1 --at-once 2 --out docs/images/stage1-helps.png
 
-An hour for both at once, one thread and 8 GB of memory each, up to 15 GB while they are evaluated.
+An hour for both at once, one thread and 8 GB of memory each.
 Needs the open training set (`blip2 data build`) and a finished stage 1 (`blip2 train mini/stage1`), or a model folder
 that holds one. The paper draws the accuracy of answers; so does this, on scenes that training never saw. Both runs go
 on where they stood if they are broken off.
