@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
 from parity import lavis_golden  # noqa: E402
-from parity.hf_checkpoints import KINDS, PROMPTS, make, pictures, token_losses  # noqa: E402
+from parity.hf_checkpoints import KINDS, PROMPTS, forgetful, make, pictures, token_losses  # noqa: E402
 
 import blip2  # noqa: E402
 
@@ -47,7 +47,7 @@ def hugging_face(kind: str, count: int) -> list[tuple[str, str, str]]:
     """(class, what, largest difference) over `count` random pictures."""
     with tempfile.TemporaryDirectory() as folder:
         peer, images = make(kind, Path(folder) / "checkpoint"), pictures(count)
-        model = blip2.load(peer.folder)
+        model = forgetful(blip2.load(peer.folder))
         pixel_values = peer.processor.image_processor(images, return_tensors="pt")["pixel_values"]
         with torch.inference_mode():
             vision = peer.model.vision_model

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity.hf_checkpoints import PROMPTS, made_on_first_use, pictures
+from parity.hf_checkpoints import PROMPTS, forgetful, made_on_first_use, pictures
 
 import blip2
 from blip2.inference.image_cache import ImageCache, digest
@@ -49,8 +49,7 @@ def test_a_digest_tells_contents_apart_and_nothing_else():
 
 @pytest.mark.parametrize("kind", SPEAKING)
 def test_later_questions_are_answered_as_first_ones(peers, kind):
-    fresh, warm = blip2.load(peers(kind).folder), blip2.load(peers(kind).folder)
-    fresh.image_cache.max_bytes = fresh.generator.image_cache.max_bytes = 0
+    fresh, warm = forgetful(blip2.load(peers(kind).folder)), blip2.load(peers(kind).folder)
     differing = set()
     for image in pictures(2):
         for prompt, options in zip(PROMPTS, WAYS, strict=True):

@@ -81,6 +81,14 @@ def pictures(count: int) -> list[Image.Image]:
     return [Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)) for h, w in shapes]
 
 
+def forgetful(model: Any) -> Any:
+    """The model, keeping nothing of a picture: all it gives is computed in the batch it is asked for, as a peer's is."""
+    model.image_cache.max_bytes = 0
+    if "generation" in model.settings.parts:
+        model.generator.image_cache.max_bytes = 0
+    return model
+
+
 def token_losses(peer: Peer, model: Any, image: Image.Image, prompt: str, answer: str) -> tuple[Tensor, Tensor]:
     """Cross-entropy (T,) of every token of an answer: by our model, and from the logits of Hugging Face's."""
     generator = model.generator

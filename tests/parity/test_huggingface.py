@@ -11,7 +11,7 @@ import blip2
 from blip2.errors import UnknownModel, Untrusted
 from blip2.model.language import Decoding
 
-from .hf_checkpoints import KINDS, NUM_QUERIES, PROMPTS, made_on_first_use, pictures, token_losses
+from .hf_checkpoints import KINDS, NUM_QUERIES, PROMPTS, forgetful, made_on_first_use, pictures, token_losses
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 GENERATING = [kind for kind in KINDS if kind != "blip2-retrieval"]
@@ -30,7 +30,7 @@ def loaded(peers):
 
     def load(kind):
         if kind not in made:
-            made[kind] = blip2.load(peers(kind).folder)
+            made[kind] = forgetful(blip2.load(peers(kind).folder))
         return made[kind]
 
     return load
