@@ -82,7 +82,7 @@ def pictures(count: int) -> list[Image.Image]:
 
 
 def forgetful(model: Any) -> Any:
-    """The model, keeping nothing of a picture: all it gives is computed in the batch it is asked for, as a peer's is."""
+    """The model, keeping nothing of a picture: what it gives is computed in the batch asked for, as a peer's is."""
     model.image_cache.max_bytes = 0
     if "generation" in model.settings.parts:
         model.generator.image_cache.max_bytes = 0
