@@ -2,7 +2,7 @@
 # make demo      see the embedded model at work on real pictures
 # make test      the tests; make test-all adds the slow proofs
 # make lint      style, types, structure, spelling
-# make bench     measure the embedded model on the open set (about a quarter of an hour on two cores)
+# make bench     measure the embedded model on the open set (about half an hour on two cores)
 # make docs      write what is made from the code: the reference of commands
 
 PYTHON ?= python3

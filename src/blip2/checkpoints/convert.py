@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from blip2.checkpoints import eva, frozen, huggingface, huggingface_writer, lavis, native
+from blip2.checkpoints import eva, frozen, huggingface, huggingface_writer, lavis, native, quantized
 from blip2.checkpoints.native import WITHIN, FrozenPart, ModelSettings
 from blip2.errors import MissingPart, UserError
 from blip2.model.stage1 import Blip2Stage1, load_text_weights
@@ -172,7 +172,8 @@ def _from_folder(source: Path, part: str | None) -> Bridge:
         if len(settings.parts) != 1:
             raise MissingPart(f"{source} has {' and '.join(settings.parts)}; one is converted. Add --part NAME.")
         (part,) = settings.parts
-    if "quantized" in settings.notes:
+    named = [part.place(source) for part in (settings.vision, settings.language) if part is not None]
+    if any(quantized.is_quantized(Path(place)) for place in named):
         raise UserError(
             f"{source} has quantised frozen parts, which no other format holds. Convert what it was made of."
         )

@@ -5,12 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from blip2.checkpoints import convert, frozen, huggingface, native, quantized
 from blip2.checkpoints.native import WITHIN, FrozenPart, ModelSettings
 from blip2.errors import UserError
-from blip2.model.quantized import GROUP_SIZE, Bits, Int4Linear, Int8Linear, quantize
+from blip2.model.quantized import GROUP_SIZE, Bits, quantize
 from blip2.model.vision import HuggingFaceConvNext, HuggingFaceVision, encoder_layers
 
 LANGUAGE, VISION = "language", convert.OWN_VISION
@@ -59,7 +57,6 @@ def _parts(
     """The settings that name what was quantised, and the folders it lies in."""
     folders = {}
     vision = frozen.load_vision(settings.vision.place(source), dtype="auto", image_size=settings.image_size)
-    refuse_quantized(vision, name)
     if isinstance(vision, HuggingFaceVision | HuggingFaceConvNext) and quantize(vision.network, "int8"):
         _name_layers(vision.network)
         folders[VISION] = beside / VISION
@@ -68,7 +65,6 @@ def _parts(
     del vision
     if settings.language is not None:
         network, tokenizer = frozen.load_language(settings.language.place(source), dtype="auto")
-        refuse_quantized(network, name)
         quantize(network, bits, group_size=group_size)
         folders[LANGUAGE] = beside / LANGUAGE
         quantized.save(network, bits, folders[LANGUAGE])
@@ -77,12 +73,6 @@ def _parts(
     if not folders:
         raise UserError(f"{name!r} has nothing to quantise: no language model, and an encoder without linear layers.")
     return settings, folders
-
-
-def refuse_quantized(network: nn.Module, name: str) -> None:
-    """Raises UserError where a network is quantised already: rounding twice loses more than once."""
-    if any(isinstance(layer, Int4Linear | Int8Linear) for layer in network.modules()):
-        raise UserError(f"{name!r} is quantised already. Quantise the model that it was made of.")
 
 
 def _name_layers(network: Any) -> None:

@@ -2,7 +2,7 @@
 
     quantization.json        how many bits, and which weights are one and the same
     quantized.safetensors    what `model.quantized` made of the linear layers; everything else as it was
-    config.json, tokenizer, preprocessor_config.json   as the part had them
+    config.json, generation_config.json, tokenizer   as the part had them
 
 `checkpoints.frozen` reads such a folder. Eight-bit weights are mapped and stay on disk until they are used; four-bit
 ones are read when they are laid out for the processor's kernel (`Int4Linear.arrange`).

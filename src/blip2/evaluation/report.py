@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,9 +86,12 @@ def _percent(fraction: float) -> str:
 
 def as_text(cells: Sequence[tuple[str, ...]]) -> str:
     """The table in columns, for a terminal."""
-    lines = [HEADINGS, *cells]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADINGS))]
-    is_text = {0, 5, 6}
+    return as_columns([HEADINGS, *cells], is_text={0, 5, 6})
+
+
+def as_columns(lines: Sequence[tuple[str, ...]], *, is_text: Collection[int]) -> str:
+    """Rows of cells in columns, those of text to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
             c.ljust(w) if i in is_text else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
@@ -99,7 +102,11 @@ def as_text(cells: Sequence[tuple[str, ...]]) -> str:
 
 def as_markdown(cells: Sequence[tuple[str, ...]]) -> str:
     """The table in Markdown."""
-    lines = [HEADINGS, ("---", "--:", "--:", "--:", "--:", "---", "---"), *cells]
+    return as_pipes([HEADINGS, ("---", "--:", "--:", "--:", "--:", "---", "---"), *cells])
+
+
+def as_pipes(lines: Sequence[tuple[str, ...]]) -> str:
+    """Rows of cells, the second of which is the rule, as a table of Markdown."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -127,8 +134,8 @@ def save(
     described = dict(about) | {"metrics": dict(metrics), "counts": {key: list(pair) for key, pair in counts.items()}}
     text = json.dumps(described, indent=1, ensure_ascii=False) + "\n"
     written = [
-        _write(folder / "evaluation.json", text.encode()),
-        _write(folder / "table.md", as_markdown(cells).encode()),
+        write_whole(folder / "evaluation.json", text),
+        write_whole(folder / "table.md", as_markdown(cells)),
     ]
     for name, panels in plots.items():
         measured = [
@@ -167,9 +174,15 @@ def draw(panels: Sequence[Bars], metrics: Metrics, path: Path) -> None:
         axis.set_ylabel("%")
         axis.grid(axis="y", alpha=0.3)
         axis.legend(fontsize=7)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> Path:
+    """Writes a figure of matplotlib as a PNG file, beside its place first; gives the path."""
     beside = path.with_name(f".{path.name}.writing")
     figure.savefig(beside, format="png", dpi=110)
     os.replace(beside, path)
+    return path
 
 
 def _values(panel: Bars, prefix: str, metrics: Metrics) -> dict[str, float]:
@@ -184,8 +197,9 @@ def _tick(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _write(path: Path, data: bytes) -> Path:
+def write_whole(path: Path, text: str) -> Path:
+    """Writes a file beside its place and moves it there, so that a reader finds it whole; gives the path."""
     beside = path.with_name(f".{path.name}.writing")
-    beside.write_bytes(data)
+    beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
     return path

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from blip2.evaluation.report import can_draw
+from blip2.evaluation.report import as_columns, as_pipes, can_draw, save_figure, write_whole
 
 TITLES = {
     "vision": "image encoder",
@@ -36,46 +36,33 @@ def rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
 
 def as_text(found: Mapping[str, Any]) -> str:
     """The table in columns, and below it what it ran on."""
-    table = rows(found)
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in table
-    ]
-    return "\n".join([*(line.rstrip() for line in lines), "", _about(found)])
+    return f"{as_columns(rows(found), is_text={0})}\n\n{_about(found)}"
 
 
 def as_markdown(found: Mapping[str, Any]) -> str:
     """The same for a document."""
     heading, *rest = rows(found)
-    rule = "| --- " + "| --: " * (len(heading) - 1) + "|"
-    lines = [f"| {' | '.join(row)} |" for row in (heading, *rest)]
-    return "\n".join([lines[0], rule, *lines[1:], "", _about(found)]) + "\n"
+    return f"{as_pipes([heading, ('---', *['--:'] * (len(heading) - 1)), *rest])}\n{_about(found)}\n"
 
 
 def save(folder: Path, found: Mapping[str, Any]) -> list[Path]:
     """Writes bench.json, bench.md and, where matplotlib is installed, bench.png; gives their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "bench.json", folder / "bench.md"]
-    written[0].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    written[1].write_text(as_markdown(found), encoding="utf-8")
+    written = [
+        write_whole(folder / "bench.json", json.dumps(found, indent=1) + "\n"),
+        write_whole(folder / "bench.md", as_markdown(found)),
+    ]
     if can_draw():
-        written.append(folder / "bench.png")
-        _draw(found, written[-1])
+        written.append(_draw(found, folder / "bench.png"))
     return written
 
 
-def _draw(found: Mapping[str, Any], out: Path) -> None:
+def _draw(found: Mapping[str, Any], out: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     contenders: Sequence[Mapping[str, Any]] = found["contenders"]
-    names = [
-        name for name in ("vision", "first_token", "second_question", "caption") if name in contenders[0]["measures"]
-    ]
+    names = ["vision", "first_token", "second_question", "caption"]
     figure = Figure(figsize=(8, 1 + 0.9 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
@@ -94,7 +81,7 @@ def _draw(found: Mapping[str, Any], out: Path) -> None:
     axis.set_xlabel("seconds; bars are medians, lines go from the least to the most")
     axis.margins(x=0.12)
     axis.legend(fontsize=8)
-    figure.savefig(out, dpi=120)
+    return save_figure(figure, out)
 
 
 def _place(name: str) -> int:

@@ -285,10 +285,10 @@ class Blip2:
         device = next(self.vision_model.parameters()).device
         keys = [digest(pixels) for pixels in pixel_values]
         known = {key: kept[0] for key in keys if (kept := self.image_cache.get(key))}
-        new = {key: row for row, key in reversed([*enumerate(keys)]) if key not in known}
+        new = {key: pixels for key, pixels in zip(keys, pixel_values, strict=True) if key not in known}
         if new:
-            computed = self.vision_model(pixel_values[sorted(new.values())].to(device))
-            for key, features in zip(sorted(new, key=new.__getitem__), computed, strict=True):
+            computed = self.vision_model(torch.stack([*new.values()]).to(device))
+            for key, features in zip(new, computed, strict=True):
                 known[key] = features.clone()  # of its own: not a view that keeps the whole batch alive
                 self.image_cache.put(key, [known[key]])
         return [known[key] for key in keys]

@@ -81,14 +81,13 @@ class Generator:
     ) -> Tensor:
         """New tokens (B, T); the LLM reads the visual prompt of a single row only if it has not read it before."""
         arguments: dict[str, Any] = {"streamer": streamer, "stop": stop}
-        language_model = self.language_model
-        if isinstance(language_model, DecoderLM) and len(visual_prompt) == 1:
-            key = ("prefix", digest(visual_prompt))
-            arguments["prefix"] = prefix = Prefix(self.image_cache.get(key) or ())
-        else:
-            key, prefix = None, None
-        new_ids = language_model.generate(visual_prompt, prompt.input_ids, prompt.attention_mask, decoding, **arguments)
-        if prefix is not None and prefix.keys_and_values:
+        given = (visual_prompt, prompt.input_ids, prompt.attention_mask, decoding)
+        if not isinstance(self.language_model, DecoderLM) or len(visual_prompt) > 1:
+            return self.language_model.generate(*given, **arguments)
+        key = ("prefix", digest(visual_prompt))
+        prefix = Prefix(self.image_cache.get(key) or ())
+        new_ids = self.language_model.generate(*given, **arguments, prefix=prefix)
+        if prefix.keys_and_values:
             self.image_cache.put(key, prefix.keys_and_values)
         return new_ids
 

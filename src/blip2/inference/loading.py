@@ -18,7 +18,6 @@ from torch import nn
 
 from blip2 import paths
 from blip2.checkpoints import convert, frozen, huggingface, native
-from blip2.checkpoints.quantize import refuse_quantized
 from blip2.errors import BadData, MissingFile, MissingPart, UnknownModel, Untrusted, UserError
 from blip2.inference.blip2 import Blip2
 from blip2.inference.generation import Generator
@@ -227,10 +226,8 @@ class _Loader:
 
     def _lighten(self, network: nn.Module, bits: Bits | None) -> None:
         """Quantises a frozen part where that was asked for."""
-        if self.quantize is None or bits is None:
-            return
-        refuse_quantized(network, str(self.folder))
-        quantize(network, bits)
+        if self.quantize is not None and bits is not None:
+            quantize(network, bits)
 
     def _text_start(self) -> frozen.TextInit:
         """The text initialisation's weights."""

@@ -221,7 +221,12 @@ def quantize(network: Any, bits: Bits, *, group_size: int = GROUP_SIZE) -> int:
 
     Returns:
         How many layers were replaced.
+
+    Raises:
+        UserError: there are quantised layers already; rounding twice loses more than once.
     """
+    if any(isinstance(layer, Int4Linear | Int8Linear) for layer in network.modules()):
+        raise UserError("This model is quantised already. Quantise the one that it was made of.")
     head = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
     words = network.get_input_embeddings() if head is not None else None
     shares = head is not None and type(words) is nn.Embedding and words.weight is head.weight
