@@ -210,7 +210,7 @@ def _hugging_face_vision(
     tower_class = getattr(transformers, VISION_CLASSES[model_type])
     if quantized.is_quantized(folder):  # without the layer that is dropped
         made = {name: value for name, value in LOADING_ARGUMENTS.get(model_type, {}).items() if name != "key_mapping"}
-        tower = quantized.load(lambda: tower_class(config, **made), folder, dtype)
+        tower = quantized.load(lambda: tower_class(config, **made), folder, dtype, is_vision=True)
         drop_last_layer = None if model_type in CONVOLUTIONAL else False
     else:
         tower = _from_pretrained(tower_class, folder, dtype, **LOADING_ARGUMENTS.get(model_type, {}))

@@ -4,8 +4,9 @@
     quantized.safetensors    what `model.quantized` made of the linear layers; everything else as it was
     config.json, generation_config.json, tokenizer   as the part had them
 
-`checkpoints.frozen` reads such a folder. Eight-bit weights are mapped and stay on disk until they are used; four-bit
-ones are read when they are laid out for the processor's kernel (`Int4Linear.arrange`).
+`checkpoints.frozen` reads such a folder. Eight-bit weights are mapped and stay on disk until they are used, and those
+of an image encoder are let go again layer by layer, since they are used once a picture; four-bit ones are read when
+they are laid out for the processor's kernel (`Int4Linear.arrange`).
 """
 
 import json
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from blip2.checkpoints.mapped import CAN_LET_GO, MappedFile
 from blip2.errors import BadData, MissingFile, Untrusted
 from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear
 
@@ -59,13 +61,16 @@ def save(network: Any, bits: str, folder: Path) -> None:
     (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
 
 
-def load(make: Callable[[], Any], folder: Path, dtype: torch.dtype | Literal["auto"]) -> Any:
+def load(
+    make: Callable[[], Any], folder: Path, dtype: torch.dtype | Literal["auto"], *, is_vision: bool = False
+) -> Any:
     """The network in a quantised folder, frozen.
 
     Args:
         make: builds it without weights, of its configuration.
         folder: as `save` wrote it.
         dtype: of what was not quantised, and so of what flows between the layers; "auto": float32.
+        is_vision: it is an image encoder, whose layers round their inputs and let their weights' memory go after use.
 
     Raises:
         MissingFile: there are no weights.
@@ -74,17 +79,19 @@ def load(make: Callable[[], Any], folder: Path, dtype: torch.dtype | Literal["au
     """
     dtype = torch.float32 if dtype == "auto" else dtype
     shared = _read_mark(folder)
-    weights = _read(folder / WEIGHTS)
+    mapped, weights = _read(folder / WEIGHTS, lets_go=is_vision and CAN_LET_GO)
     weights |= {name: weights[owner] for name, owner in shared.items() if owner in weights}
     with init_empty_weights(include_buffers=False):
         network = make()
     quantized, misshapen = [], set()
     for place in sorted({name.rpartition(".")[0] for name in weights}):
-        layer = _layer(place, weights, network, dtype)
+        layer = _layer(place, weights, network, dtype, rounds_inputs=is_vision)
         if layer is not None:
             misshapen |= set() if _sizes(layer) == _sizes(network.get_submodule(place)) else {place}
             network.set_submodule(place, layer)
             quantized.append(f"{place}.")
+            if mapped is not None and isinstance(layer, Int8Linear):
+                mapped.let_go_after(layer, f"{place}.weight")
     own = network.state_dict()
     misshapen |= {name for name in weights.keys() & own.keys() if weights[name].shape != own[name].shape}
     if wrong := sorted((weights.keys() ^ own.keys()) | misshapen):
@@ -95,7 +102,9 @@ def load(make: Callable[[], Any], folder: Path, dtype: torch.dtype | Literal["au
     return network.requires_grad_(False).eval()
 
 
-def _layer(place: str, weights: Mapping[str, Tensor], network: nn.Module, dtype: torch.dtype) -> nn.Module | None:
+def _layer(
+    place: str, weights: Mapping[str, Tensor], network: nn.Module, dtype: torch.dtype, *, rounds_inputs: bool
+) -> nn.Module | None:
     """The quantised layer at a place, of the weights found there; None where they are not of one."""
     names = ("weight", "scale", "packed", "scale_and_zero", "bias")
     weight, scale, packed, scale_and_zero, bias = (weights.get(f"{place}.{name}") for name in names)
@@ -107,7 +116,9 @@ def _layer(place: str, weights: Mapping[str, Tensor], network: nn.Module, dtype:
         return Int4Linear(packed, scale_and_zero, bias)
     if weight is None or scale is None or weight.dtype != torch.int8:
         return None
-    return Int8Embedding(weight, scale, dtype) if isinstance(was, nn.Embedding) else Int8Linear(weight, scale, bias)
+    if isinstance(was, nn.Embedding):
+        return Int8Embedding(weight, scale, dtype)
+    return Int8Linear(weight, scale, bias, rounds_inputs=rounds_inputs)
 
 
 def _sizes(layer: Any) -> tuple[int, ...]:
@@ -130,17 +141,21 @@ def _read_mark(folder: Path) -> dict[str, str]:
         raise BadData(f"{folder / MARK} is broken ({error!r}). {AGAIN}") from None
 
 
-def _read(path: Path) -> dict[str, Tensor]:
-    """All weights, mapped. Each has a mapping of its own, so that what is read once and let go frees its memory."""
+def _read(path: Path, *, lets_go: bool) -> tuple[MappedFile | None, dict[str, Tensor]]:
+    """All weights, mapped: as one file whose parts can be let go and read again, or each with a mapping of its own, so
+    that what is read once frees its memory."""
     if not path.is_file():
         raise MissingFile(f"{path} is missing. {AGAIN}")
     try:
+        if lets_go:
+            mapped = MappedFile(path)
+            return mapped, mapped.tensors()
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
         weights = {}
         for name in names:
             with safe_open(path, framework="pt") as file:
                 weights[name] = file.get_tensor(name)
-        return weights
+        return None, weights
     except SafetensorError as error:
         raise Untrusted(f"{path} is no whole safetensors file ({error}). {AGAIN}") from None

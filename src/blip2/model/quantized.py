@@ -1,11 +1,10 @@
 """Frozen linear layers with few bits a weight: eight, or four in groups.
 
-    Int8Linear   weight (N, K) int8, one scale a row; the input's rows are rounded to int8 as they come, each with its
-                 own scale, so a row's result does not depend on what else is in the batch
-    Int4Linear   weight (N, K) of 0..15 in groups of G along K, each with a scale and a zero; the input in bfloat16
+    Int8Linear   weight (N, K) int8, one scale a row
+    Int4Linear   weight (N, K) of 0..15 in groups of G along K, each with a scale and a zero
 
-The matrix products are PyTorch's own kernels. Frozen means frozen: no gradient passes through, and asking for one is an
-error. What is no linear layer (convolutions, norms, position embeddings) keeps its precision.
+The matrix products are PyTorch's own kernels (`low_bit_products`). Frozen means frozen: no gradient passes through, and
+asking for one is an error. What is no linear layer (convolutions, norms, position embeddings) keeps its precision.
 """
 
 from typing import Any, Literal
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.errors import UserError
+from blip2.model.low_bit_products import int4_product, int8_product
 
 Bits = Literal["int8", "int4"]
 GROUP_SIZE = 32  # weights that share a scale and a zero in Int4Linear
@@ -30,14 +30,17 @@ class Int8Linear(nn.Module):
         weight: (N, K) int8.
         scale: (N,) float32; weight * scale is what was rounded.
         bias: (N,) or None.
+        rounds_inputs: whether inputs are rounded as well, each row with a scale of its own: fast where there are many
+            rows. An image encoder bears it; an LLM, with few inputs far larger than the rest, loses by it.
     """
 
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, *, rounds_inputs: bool = False) -> None:
         super().__init__()
+        self.rounds_inputs = rounds_inputs
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
@@ -47,9 +50,9 @@ class Int8Linear(nn.Module):
         """(..., K) -> (..., N), in x's dtype."""
         refuse_gradient(x)
         rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
-        row_scale = rows.abs().amax(dim=1, keepdim=True).clamp_(min=1e-10).div_(127)  # (M, 1)
-        y = _int8_product((rows / row_scale).round_().to(torch.int8), self.weight).mul_(row_scale)  # (M, N)
-        y = y.mul_(self.scale) if self.bias is None else torch.addcmul(self.bias, y, self.scale)
+        y = int8_product(rows, self.weight, self.scale, rounds_inputs=self.rounds_inputs)  # (M, N)
+        if self.bias is not None:
+            y = y.add_(self.bias)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def extra_repr(self) -> str:
@@ -109,9 +112,8 @@ class Int4Linear(nn.Module):
         refuse_gradient(x)
         if self._arranged is None or self._arranged.device != x.device:
             self.arrange(x.device)
-        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)  # (M, K)
-        product = torch.ops.aten._weight_int4pack_mm if x.is_cuda else torch.ops.aten._weight_int4pack_mm_for_cpu
-        y = product(rows, self._arranged, self.group_size, self.scale_and_zero).to(x.dtype)  # (M, N)
+        assert self._arranged is not None
+        y = int4_product(x.reshape(-1, x.shape[-1]), self._arranged, self.scale_and_zero).to(x.dtype)  # (M, N)
         if self.bias is not None:
             y = y + self.bias
         return y.unflatten(0, x.shape[:-1])
@@ -147,15 +149,6 @@ def refuse_gradient(x: Tensor) -> None:
             "Quantised parts pass no gradient on, so nothing can be trained through them. Train with the model as it "
             "was before `blip2 quantize`, and quantise what comes out."
         )
-
-
-def _int8_product(rows: Tensor, weight: Tensor) -> Tensor:
-    """(M, K) int8 times (N, K) int8 -> (M, N) float32, exact in between."""
-    if not rows.is_cuda:
-        return torch.ops.aten._int_mm(rows, weight.t()).float()
-    short = max(0, 17 - len(rows))  # cuBLASLt takes more than 16 rows
-    padded = nn.functional.pad(rows, (0, 0, 0, short + -(len(rows) + short) % 8))
-    return torch.ops.aten._int_mm(padded, weight.t())[: len(rows)].float()
 
 
 # Rounding
@@ -208,7 +201,7 @@ def _fourbit(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
 # Networks
 
 
-def quantize(network: Any, bits: Bits, *, group_size: int = GROUP_SIZE) -> int:
+def quantize(network: Any, bits: Bits, *, group_size: int = GROUP_SIZE, rounds_inputs: bool = False) -> int:
     """Replaces the linear layers of a frozen network, and the word embeddings that one of them shares, in place.
 
     The matrix that gives the vocabulary's logits has eight bits in any case, and so has a layer whose width the
@@ -218,6 +211,7 @@ def quantize(network: Any, bits: Bits, *, group_size: int = GROUP_SIZE) -> int:
         network: a Hugging Face model or tower.
         bits: of the weights.
         group_size: weights that share a scale; 32, 64, 128 or 256.
+        rounds_inputs: of layers of eight bits; see `Int8Linear`.
 
     Returns:
         How many layers were replaced.
@@ -239,7 +233,7 @@ def quantize(network: Any, bits: Bits, *, group_size: int = GROUP_SIZE) -> int:
             network.set_submodule(name, Int4Linear(*to_int4(weight, group_size), bias))
             continue
         rounded, scale = to_int8(weight)
-        network.set_submodule(name, Int8Linear(rounded, scale, bias))
+        network.set_submodule(name, Int8Linear(rounded, scale, bias, rounds_inputs=rounds_inputs))
         if layer is head and words is not None and shares:
             for place in [place for place, module in network.named_modules() if module is words]:
                 network.set_submodule(place, Int8Embedding(rounded, scale, words.weight.dtype))
