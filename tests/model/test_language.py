@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from blip2.model.language import DecoderLM, Decoding
+from blip2.model.language import DecoderLM
+from blip2.model.writing import Decoding, write
 
 VOCABULARY, WIDTH = 60, 16
 PROMPTS, TARGETS = ([5, 6, 7, 8], [9], [3, 4]), ([11, 2], [12, 13, 14, 2], [15, 16, 2])
@@ -60,5 +61,6 @@ def test_the_vocabularys_matrix_is_given_inputs_in_one_piece(make):
     seen = []
     head = language_model.model.get_output_embeddings()
     head.register_forward_hook(lambda _, arguments, __: seen.append(arguments[0]))
-    language_model.generate(torch.randn(len(PROMPTS), 4, WIDTH), prompt_ids, prompt_mask, Decoding(max_new_tokens=3))
+    started = language_model.start(torch.randn(len(PROMPTS), 4, WIDTH), prompt_ids, prompt_mask)
+    write(language_model, *started, Decoding(max_new_tokens=3))
     assert seen and all(hidden.is_contiguous() for hidden in seen)

@@ -9,7 +9,7 @@ import torch
 
 import blip2
 from blip2.errors import UnknownModel, Untrusted
-from blip2.model.language import Decoding
+from blip2.model.writing import Decoding, write
 
 from .hf_checkpoints import KINDS, NUM_QUERIES, PROMPTS, forgetful, made_on_first_use, pictures, token_losses
 
@@ -99,7 +99,8 @@ def tokens(model, images, prompts, options):
     prompt = generator.tokenizer.encode_prompts(prompts)
     visual_prompt = generator.visual_prompt(model.image_features(images), prompts)
     decoding = Decoding(max_new_tokens=12, **options)
-    said = generator.language_model.generate(visual_prompt, prompt.input_ids, prompt.attention_mask, decoding)
+    started = generator.language_model.start(visual_prompt, prompt.input_ids, prompt.attention_mask)
+    said = write(generator.language_model, *started, decoding)
     return [plain(row, model) for row in said]
 
 

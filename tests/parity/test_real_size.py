@@ -12,7 +12,7 @@ import torch
 from transformers import Blip2ForConditionalGeneration
 
 import blip2
-from blip2.model.language import Decoding
+from blip2.model.writing import Decoding, write
 
 from .hf_checkpoints import PROMPTS, pictures
 from .real_sizes import make
@@ -52,9 +52,8 @@ def test_opt_2_7b_with_vit_g_gives_the_numbers_of_transformers(tmp_path):
     torch.testing.assert_close(prompts_here, visual_prompts, atol=1e-5, rtol=1e-5)
     assert (prompts_here[0] - prompts_here[1]).abs().max() > 0.01  # they see
     asked = ours.generator.tokenizer.encode_prompts(prompts)
-    words = ours.generator.language_model.generate(
-        prompts_here, asked.input_ids, asked.attention_mask, Decoding(max_new_tokens=NEW_TOKENS)
-    )
+    started = ours.generator.language_model.start(prompts_here, asked.input_ids, asked.attention_mask)
+    words = write(ours.generator.language_model, *started, Decoding(max_new_tokens=NEW_TOKENS))
     assert words.tolist() == said.tolist()
 
 

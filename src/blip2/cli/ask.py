@@ -27,7 +27,7 @@ def ask(
     top_p: options.TopP = None,
     temperature: options.Temperature = None,
     max_new_tokens: options.MaxNewTokens = None,
-    batch_size: options.BatchSize = 8,
+    batch_size: options.BatchSize = 16,
     json: options.Json = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

@@ -31,7 +31,7 @@ def caption(
     top_p: options.TopP = None,
     temperature: options.Temperature = None,
     max_new_tokens: options.MaxNewTokens = None,
-    batch_size: options.BatchSize = 8,
+    batch_size: options.BatchSize = 16,
     json: options.Json = False,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",

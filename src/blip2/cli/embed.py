@@ -19,7 +19,7 @@ def embed(
     items: Annotated[list[str], typer.Argument(metavar="FILE|FOLDER|GLOB|TEXT...", help="Pictures and texts, mixed.")],
     out: Annotated[Path, typer.Option("--out", help="The .npz file to write.")],
     model: options.Model = "mini",
-    batch_size: options.BatchSize = 8,
+    batch_size: options.BatchSize = 16,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     quantize: options.Quantize = None,

@@ -12,7 +12,7 @@ from blip2.evaluation.vqa import Answered
 from blip2.inference.decoding import make_candidates
 from blip2.inference.generation import Generator
 from blip2.inference.retrieval import Retriever
-from blip2.model.language import Decoding
+from blip2.model.writing import Decoding, write
 from blip2.preprocessing.prompts import question_prompt
 
 CAPTION_DECODING = Decoding(max_new_tokens=30)
@@ -106,7 +106,8 @@ def answer_blind(
         some = distinct[first : first + batch_size]
         prompt = generator.tokenizer.encode_prompts([question_prompt(q, template) for q in some]).to(_device(generator))
         nothing = torch.zeros(len(some), num_queries, width, device=_device(generator))  # (B, Q, Dl)
-        new_ids = generator.language_model.generate(nothing, prompt.input_ids, prompt.attention_mask, ANSWER_DECODING)
+        started = generator.language_model.start(nothing, prompt.input_ids, prompt.attention_mask)
+        new_ids = write(generator.language_model, *started, ANSWER_DECODING)
         given |= zip(some, generator.tokenizer.decode(new_ids), strict=True)
         progress.add(len(some))
     return [Answered(asked, given[asked.question]) for asked in questions]

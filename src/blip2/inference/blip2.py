@@ -57,7 +57,7 @@ class Blip2:
         *,
         retriever: Retriever | None = None,
         generator: Generator | None = None,
-        batch_size: int = 8,
+        batch_size: int = 16,
     ) -> None:
         self.settings = settings
         self.vision_model = vision_model

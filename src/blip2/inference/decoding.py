@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TypedDict
 
 from blip2.errors import UserError
-from blip2.model.language import Decoding
+from blip2.model.writing import Decoding
 
 
 class DecodingOptions(TypedDict, total=False):

@@ -5,17 +5,17 @@ image_features ─ Q-Former (reads the instruction, if it is aware of one) ─ v
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from blip2.inference.answers import score_answers
 from blip2.inference.image_cache import ImageCache, digest
-from blip2.inference.streaming import TokenStream
-from blip2.model.language import DecoderLM, Decoding, LanguageModel, Prefix
+from blip2.inference.streaming import TextPieces
+from blip2.model.language import DecoderLM, LanguageModel, Prefix, Reading
 from blip2.model.stage1 import Text
 from blip2.model.stage2 import Blip2Stage2
+from blip2.model.writing import Decoding, Writer, write
 from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer, TextBatch
 
 
@@ -76,20 +76,17 @@ class Generator:
         batch = self.instruction_tokenizer.encode(instructions, self.max_text_tokens).to(image_features.device)
         return self.model.visual_prompt(image_features, Text(batch.input_ids, batch.attention_mask))
 
-    def _generate(
-        self, visual_prompt: Tensor, prompt: TextBatch, decoding: Decoding, *, streamer: Any = None, stop: Any = None
-    ) -> Tensor:
-        """New tokens (B, T); the LLM reads the visual prompt of a single row only if it has not read it before."""
-        arguments: dict[str, Any] = {"streamer": streamer, "stop": stop}
-        given = (visual_prompt, prompt.input_ids, prompt.attention_mask, decoding)
+    def _read(self, visual_prompt: Tensor, prompt: TextBatch) -> tuple[Reading, Tensor]:
+        """What the LLM's `start` gives; the visual prompt of a single row is read only if it was not read before."""
+        given = (visual_prompt, prompt.input_ids, prompt.attention_mask)
         if not isinstance(self.language_model, DecoderLM) or len(visual_prompt) > 1:
-            return self.language_model.generate(*given, **arguments)
+            return self.language_model.start(*given)
         key = ("prefix", digest(visual_prompt))
         prefix = Prefix(self.image_cache.get(key) or ())
-        new_ids = self.language_model.generate(*given, **arguments, prefix=prefix)
+        started = self.language_model.start(*given, prefix=prefix)
         if prefix.keys_and_values:
             self.image_cache.put(key, prefix.keys_and_values)
-        return new_ids
+        return started
 
     @torch.inference_mode()
     def speak(
@@ -104,7 +101,8 @@ class Generator:
             decoding: how words are drawn.
         """
         prompt = self.tokenizer.encode_prompts(prompts).to(image_features.device)
-        return self.tokenizer.decode(self._generate(self.visual_prompt(image_features, instructions), prompt, decoding))
+        visual_prompt = self.visual_prompt(image_features, instructions)
+        return self.tokenizer.decode(write(self.language_model, *self._read(visual_prompt, prompt), decoding))
 
     def propose(
         self, image_features: Tensor, prompts: Sequence[str], instructions: Sequence[str], decoding: Decoding
@@ -119,16 +117,18 @@ class Generator:
         return [texts[i : i + count] for i in range(0, len(texts), count)]
 
     def stream(self, image_features: Tensor, prompt: str, instruction: str, decoding: Decoding) -> Iterator[str]:
-        """The text after one picture (1, N, Dv) and prompt, in pieces as they are made."""
-        stream = TokenStream(self.tokenizer.decode)
-
-        @torch.inference_mode()
-        def generate() -> None:
+        """The text after one picture (1, N, Dv) and prompt, in pieces as they are made; who stops reading stops it."""
+        pieces = TextPieces(self.tokenizer.decode)
+        with torch.inference_mode():
             encoded = self.tokenizer.encode_prompts([prompt]).to(image_features.device)
-            visual_prompt = self.visual_prompt(image_features, [instruction])
-            self._generate(visual_prompt, encoded, decoding, streamer=stream, stop=stream.stop)
-
-        return stream.read(generate)
+            started = self._read(self.visual_prompt(image_features, [instruction]), encoded)
+            writer = Writer(self.language_model)
+            (row,) = writer.add(*started, [decoding])
+        while writer.rows:
+            with torch.inference_mode():
+                writer.step()
+            if piece := pieces.after(row.token_ids, is_end=not writer.rows):
+                yield piece
 
     def score(
         self, image_features: Tensor, prompts: Sequence[str], instructions: Sequence[str], answers: Sequence[str]

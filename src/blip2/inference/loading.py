@@ -23,6 +23,7 @@ from blip2.inference.blip2 import Blip2
 from blip2.inference.generation import Generator
 from blip2.inference.retrieval import Retriever
 from blip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
+from blip2.model.packed import pack
 from blip2.model.quantized import Bits, arrange, quantize
 from blip2.model.stage1 import Blip2Stage1, load_text_weights
 from blip2.model.stage2 import Blip2Stage2
@@ -184,7 +185,7 @@ class _Loader:
             self.settings.vision.place(self.folder), dtype=self.dtype, image_size=self.settings.image_size
         )
         self._check(self.settings.vision, vision_model)
-        self._lighten(vision_model, "int8")
+        self._lighten(vision_model, "int8", rounds_inputs=True)
         return vision_model.to(self.device).eval()
 
     def retriever(self) -> Retriever:
@@ -219,15 +220,17 @@ class _Loader:
             self._check(part, network)
         self._lighten(network, self.quantize)
         arrange(network, self.device)
+        if self.device.type == "cpu" and self.device_map is None:
+            pack(network)
         padding = "right" if network.config.is_encoder_decoder else "left"
         tokenizer = LanguageTokenizer(hf_tokenizer, prompt_padding=padding)
         language_model = wrap_language_model(network, tokenizer, stop=self.settings.stop)
         return language_model if self.device_map is not None else language_model.to(self.device), tokenizer
 
-    def _lighten(self, network: nn.Module, bits: Bits | None) -> None:
+    def _lighten(self, network: nn.Module, bits: Bits | None, *, rounds_inputs: bool = False) -> None:
         """Quantises a frozen part where that was asked for."""
         if self.quantize is not None and bits is not None:
-            quantize(network, bits)
+            quantize(network, bits, rounds_inputs=rounds_inputs)
 
     def _text_start(self) -> frozen.TextInit:
         """The text initialisation's weights."""

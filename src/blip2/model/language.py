@@ -7,47 +7,18 @@ Prompts stand left of the target. In training, text is padded on the right and t
 are computed only there. Generation pads prompts between the visual prompt and the text, closed by the mask.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
 
-
-@dataclass(frozen=True)
-class Decoding:
-    """How text is drawn from the LLM; the names are `transformers.GenerationConfig`'s."""
-
-    num_beams: int = 1
-    max_new_tokens: int = 30
-    min_new_tokens: int = 0
-    do_sample: bool = False
-    top_p: float = 0.9
-    temperature: float = 1.0
-    repetition_penalty: float = 1.0
-    length_penalty: float = 1.0
-    num_return_sequences: int = 1
-
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of `generate`; those that only sampling or only beams use are left out otherwise."""
-        chosen: dict[str, Any] = {
-            "num_beams": self.num_beams,
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": self.do_sample,
-            "repetition_penalty": self.repetition_penalty,
-        }
-        if self.min_new_tokens:
-            chosen["min_new_tokens"] = self.min_new_tokens
-        if self.do_sample:
-            chosen |= {"top_p": self.top_p, "temperature": self.temperature, "top_k": 0}
-        if self.num_beams > 1:
-            chosen["length_penalty"] = self.length_penalty
-        if self.num_return_sequences > 1:
-            chosen["num_return_sequences"] = self.num_return_sequences
-        return chosen
+from blip2.model.key_values import is_roomy, join_layers, make_cache
 
 
 @dataclass
@@ -55,11 +26,84 @@ class Prefix:
     """What a decoder LLM has computed over a visual prompt, to go on from instead of reading it again.
 
     Attributes:
-        keys_and_values: of every layer in turn, each (1, H, Q, Dh); empty where it has not read it yet. `generate`
+        keys_and_values: of every layer in turn, each (1, H, Q, Dh); empty where it has not read it yet. `start`
             fills it then, unless the LLM keeps only a window of what it read.
     """
 
     keys_and_values: Sequence[Tensor] = ()
+
+
+@dataclass
+class Encoded:
+    """What an encoder-decoder's encoder gave.
+
+    Attributes:
+        states: (B, N, Dl).
+        mask: (B, N), 1 where the position is real.
+    """
+
+    states: Tensor
+    mask: Tensor
+
+    def select(self, rows: Tensor) -> "Encoded":
+        """Its rows in another order, or some of them."""
+        return Encoded(self.states[rows], self.mask[rows])
+
+    def join(self, other: "Encoded") -> "Encoded":
+        """With another's rows below these, the shorter ones padded on the right."""
+        length = max(self.mask.shape[1], other.mask.shape[1])
+        states = [F.pad(one.states, (0, 0, 0, length - one.mask.shape[1])) for one in (self, other)]
+        return Encoded(torch.cat(states), _stack([self.mask, other.mask], right=True))
+
+
+@dataclass
+class Reading:
+    """What an LLM keeps of the rows it has read, between two tokens.
+
+    Attributes:
+        cache: keys and values of all positions but the newest token's; None where the LLM reads everything each time.
+        mask: (B, L), 1 where the decoder's position is real.
+        written: (B, T) tokens after the prompt, of an encoder-decoder with the start token before them; rows that
+            joined later are padded on the left.
+        encoded: of an encoder-decoder.
+    """
+
+    cache: Any
+    mask: Tensor
+    written: Tensor
+    encoded: Encoded | None = None
+
+    @property
+    def can_join(self) -> bool:
+        """Whether other rows can be put beside these."""
+        return self.cache is not None and is_roomy(self._own_cache)
+
+    @property
+    def _own_cache(self) -> Any:
+        return self.cache if self.encoded is None else self.cache.self_attention_cache
+
+    def select(self, rows: Tensor) -> None:
+        """Makes row i what row `rows[i]` was: drops, repeats and reorders."""
+        if self.cache is not None:
+            self.cache.reorder_cache(rows)
+        self.mask, self.written = self.mask[rows], self.written[rows]
+        self.encoded = self.encoded.select(rows) if self.encoded is not None else None
+
+    def join(self, other: "Reading") -> None:
+        """Puts another reading's rows below these; both can join."""
+        join_layers(self._own_cache, other._own_cache)
+        if self.encoded is not None and other.encoded is not None:
+            join_layers(self.cache.cross_attention_cache, other.cache.cross_attention_cache, right=True)
+            self.encoded = self.encoded.join(other.encoded)
+        self.mask = _stack([self.mask, other.mask])
+        self.written = _stack([self.written, other.written])
+
+
+def _stack(parts: Sequence[Tensor], *, right: bool = False) -> Tensor:
+    """Rows of (B, L) below each other, the shorter ones padded with 0 on the left, or on the right."""
+    length = max(part.shape[1] for part in parts)
+    short = [length - part.shape[1] for part in parts]
+    return torch.cat([F.pad(part, (0, n) if right else (n, 0)) for part, n in zip(parts, short, strict=True)])
 
 
 def _in_one_piece(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -81,6 +125,9 @@ class _FrozenLM(nn.Module):
         head = self.model.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(_in_one_piece)
+        taken = inspect.signature(self.model.forward).parameters
+        self._takes_positions = "position_ids" in taken
+        self._takes_logits_to_keep = "logits_to_keep" in taken
 
     @property
     def width(self) -> int:
@@ -101,29 +148,36 @@ class _FrozenLM(nn.Module):
         cap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2 and 3
         return logits if not cap else cap * torch.tanh(logits / cap)
 
-    def _generate(
-        self,
-        embeds: Tensor,
-        mask: Tensor,
-        decoding: Decoding,
-        streamer: Any,
-        stop: Callable | None,
-        cache: DynamicCache | None = None,
-    ) -> Tensor:
-        extra: dict[str, Any] = {"streamer": streamer} if streamer is not None else {}
-        if cache is not None:
-            extra["past_key_values"] = cache
-        if stop is not None:
-            extra["stopping_criteria"] = [stop]
-        with torch.no_grad():
-            return self.model.generate(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                eos_token_id=self.stop_ids,
-                pad_token_id=self.pad_id,
-                **decoding.arguments(),
-                **extra,
-            )
+    def _logits(self, reading: Reading, **read: Any) -> Tensor:
+        """Logits (B, V) float32 of the token after the newest position of all."""
+        written = reading.written
+        if not read:
+            read = {"next_sequence_length": 1}
+        if self._takes_positions:
+            places = (reading.mask.cumsum(dim=1) - 1).clamp_(min=0)  # (B, L)
+            num_new = read["inputs_embeds"].shape[1] if "inputs_embeds" in read else 1
+            read["position_ids"] = places[:, -num_new:]
+        if self._takes_logits_to_keep:
+            read["logits_to_keep"] = 1
+        if reading.encoded is not None:
+            encoded: Any = reading.encoded.states
+            read |= {"encoder_outputs": BaseModelOutput(encoded), "decoder_attention_mask": reading.mask}
+        seen = reading.mask if reading.encoded is None else reading.encoded.mask
+        arguments = self.model.prepare_inputs_for_generation(
+            written, past_key_values=reading.cache, attention_mask=seen, use_cache=reading.cache is not None, **read
+        )
+        return self.model(**arguments, return_dict=True).logits[:, -1].float()
+
+    @torch.no_grad()
+    def step(self, reading: Reading, token_ids: Tensor) -> Tensor:
+        """Reads one more token (B,) of every row.
+
+        Returns:
+            (B, V) float32, logits of the one after it.
+        """
+        reading.written = torch.cat([reading.written, token_ids[:, None]], dim=1)
+        reading.mask = F.pad(reading.mask, (0, 1), value=1)
+        return self._logits(reading)
 
 
 class DecoderLM(_FrozenLM):
@@ -159,44 +213,48 @@ class DecoderLM(_FrozenLM):
         chosen = F.cross_entropy(logits, text.input_ids[text.is_target], reduction="none")
         return chosen.new_zeros(target_ids.shape).masked_scatter(target_mask.bool(), chosen)
 
-    def generate(
-        self,
-        visual_prompt: Tensor,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        decoding: Decoding,
-        *,
-        streamer: Any = None,
-        stop: Callable | None = None,
-        prefix: Prefix | None = None,
-    ) -> Tensor:
-        """New token ids (B, T'), padded on the right, after [visual prompt | prompt] (prompt padded on the left).
+    @torch.no_grad()
+    def start(
+        self, visual_prompt: Tensor, prompt_ids: Tensor, prompt_mask: Tensor, *, prefix: Prefix | None = None
+    ) -> tuple[Reading, Tensor]:
+        """Reads [visual prompt | prompt], the prompt padded on the left.
 
-        With R = `decoding.num_return_sequences` above 1 there are B * R rows, those of a prompt side by side.
-        With a single row a `prefix` may be given: what it holds is used, and if it is empty it is filled.
+        Args:
+            visual_prompt: (B, Q, Dl).
+            prompt_ids, prompt_mask: (B, P).
+            prefix: with a single row: what it holds is not read again, and if it is empty it is filled.
+
+        Returns:
+            What was read, and (B, V) float32, the logits of the first new token.
         """
         visual = visual_prompt.to(self.model.dtype)
         embeds, mask = _pad_left_of_all(visual, self.embed(prompt_ids), prompt_mask)
-        if prefix is None:
-            return self._generate(embeds, mask, decoding, streamer, stop)
-        assert len(visual) == 1, "a prefix is that of one row"
-        cache, read = DynamicCache(config=self.model.config), prefix.keys_and_values
-        for layer, (keys, values) in enumerate(zip(read[::2], read[1::2], strict=True)):
-            cache.update(keys, values, layer)
-        if read:
-            cache.batch_repeat_interleave(max(decoding.num_beams, decoding.num_return_sequences))
-        new_ids = self._generate(embeds, mask, decoding, streamer, stop, cache)
-        if not read and all(type(layer) is DynamicLayer for layer in cache.layers):
+        cache = make_cache(self.model.config)
+        known = prefix.keys_and_values if prefix is not None else ()
+        num_known = min(known[0].shape[2], embeds.shape[1] - 1) if known else 0  # the last gives the logits
+        for layer, (keys, values) in enumerate(zip(known[::2], known[1::2], strict=True)):
+            cache.update(keys[:, :, :num_known], values[:, :, :num_known], layer)
+        reading = Reading(cache, mask, prompt_ids.new_empty(len(embeds), 0))
+        logits = self._logits(reading, inputs_embeds=embeds[:, num_known:], is_first_iteration=True)
+        if prefix is not None and not known and is_roomy(cache):
+            assert len(visual) == 1, "a prefix is that of one row"
             layers: list[Any] = cache.layers
-            kept = [states[:1, :, : visual.shape[1]] for layer in layers for states in (layer.keys, layer.values)]
-            prefix.keys_and_values = [states.clone() for states in kept]
-        return new_ids
+            states = [state for layer in layers for state in (layer.keys, layer.values)]
+            prefix.keys_and_values = [state[:, :, : visual.shape[1]].clone() for state in states]
+        return reading, logits
 
 
 class EncoderDecoderLM(_FrozenLM):
     """An encoder-decoder LLM of Hugging Face (`AutoModelForSeq2SeqLM`); arguments as in `DecoderLM`."""
 
     is_encoder_decoder = True
+
+    @property
+    def start_id(self) -> int:
+        """The token that the decoder reads first."""
+        told = [self.model.generation_config.decoder_start_token_id, self.model.config.decoder_start_token_id]
+        found = [token for token in told if token is not None]
+        return found[0] if found else self.model.config.bos_token_id
 
     def token_losses(
         self, visual_prompt: Tensor, prompt_ids: Tensor, prompt_mask: Tensor, target_ids: Tensor, target_mask: Tensor
@@ -207,19 +265,21 @@ class EncoderDecoderLM(_FrozenLM):
         logits = self.model(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False).logits.float()
         return F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")  # (B, T)
 
-    def generate(
-        self,
-        visual_prompt: Tensor,
-        prompt_ids: Tensor,
-        prompt_mask: Tensor,
-        decoding: Decoding,
-        *,
-        streamer: Any = None,
-        stop: Callable | None = None,
-    ) -> Tensor:
-        """New token ids (B, T'), without the decoder's start token."""
+    @torch.no_grad()
+    def start(self, visual_prompt: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Reading, Tensor]:
+        """The encoder reads [visual prompt | prompt], the prompt padded on the right; the decoder its start token.
+
+        Arguments and result as of `DecoderLM.start`; the start token counts as written.
+        """
         embeds, mask = self._encoder_input(visual_prompt, prompt_ids, prompt_mask)
-        return self._generate(embeds, mask, decoding, streamer, stop)[:, 1:]
+        encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask, return_dict=True)
+        cache = None
+        if not getattr(self.model, "reads_all_each_step", False):
+            caches = make_cache(self.model.config), make_cache(self.model.config)
+            cache = EncoderDecoderCache(*caches)
+        start = prompt_ids.new_full((len(embeds), 1), self.start_id)
+        reading = Reading(cache, torch.ones_like(start), start, Encoded(encoded.last_hidden_state, mask))
+        return reading, self._logits(reading)
 
     def _encoder_input(self, visual_prompt: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
         visual = visual_prompt.to(self.model.dtype)

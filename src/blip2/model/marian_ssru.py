@@ -147,6 +147,7 @@ class MarianSsruForConditionalGeneration(PreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _tied_weights_keys: ClassVar = {"encoder.embed_tokens.weight": "shared.weight"}  # pyright: ignore
     _supports_sdpa = True
+    reads_all_each_step = True  # for `language.EncoderDecoderLM`: there is no cache
 
     def __init__(self, config: MarianSsruConfig) -> None:
         super().__init__(config)

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from blip2.data.features import FeatureCache
 from blip2.data.sample import Sample
-from blip2.model.language import Decoding
 from blip2.model.stage1 import Blip2Stage1
 from blip2.model.stage2 import Blip2Stage2
+from blip2.model.writing import Decoding, write
 from blip2.objectives.itc import image_text_similarity
 from blip2.preprocessing.text import QFormerTokenizer
 from blip2.training.batches import Stage2Batches, as_text
@@ -68,9 +68,8 @@ def _say(model: Blip2Stage2, batch: Stage2Batch) -> Tensor:
     assert model.language_model is not None
     visual_prompt = model.visual_prompt(batch.image_features, batch.instruction)
     prompt = batch.prompt
-    return model.language_model.generate(
-        visual_prompt, prompt.input_ids, prompt.attention_mask, Decoding(max_new_tokens=12)
-    )
+    started = model.language_model.start(visual_prompt, prompt.input_ids, prompt.attention_mask)
+    return write(model.language_model, *started, Decoding(max_new_tokens=12))
 
 
 def _rows(features: FeatureCache, rows: Sequence[int]) -> Tensor:

@@ -1,0 +1,87 @@
+"""Keys and values of a language model's rows, kept in buffers with room, so that a token is not paid for by a copy of
+everything before it.
+
+transformers' own cache concatenates: at OPT-2.7B's size with 55 positions that is 36 MB a token, a fifth of the time.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+ROOM = 64  # positions that a buffer grows by
+
+
+class RoomyLayer(DynamicLayer):
+    """As transformers' `DynamicLayer`, whose `keys` and `values` here are the filled part of a larger buffer."""
+
+    keys: Any  # (B, H, L, Dh); None before the first states
+    values: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Takes new states (B, H, T, Dh) in; gives all (B, H, L, Dh)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
+        if self._buffers is None or end > self._buffers[0].shape[2]:
+            self._buffers = _with_room(self.keys, end), _with_room(self.values, end)
+        keys, values = self._buffers
+        keys[:, :, begin:end] = key_states
+        values[:, :, begin:end] = value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
+
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Makes row i what row `beam_idx[i]` was, of indices (B',); there may be more rows then, or fewer."""
+        if self._buffers is None:
+            return super().reorder_cache(beam_idx)
+        length = self.keys.shape[2]
+        keys, values = (buffer.index_select(0, beam_idx) for buffer in self._buffers)  # with their room
+        self._buffers = keys, values
+        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+
+    def join(self, other: "RoomyLayer", *, right: bool) -> None:
+        """Appends another layer's rows; the shorter ones are padded on the left, or on the right."""
+        length = max(self.keys.shape[2], other.keys.shape[2])
+        self.keys = torch.cat([_pad(layer.keys, length, right) for layer in (self, other)])
+        self.values = torch.cat([_pad(layer.values, length, right) for layer in (self, other)])
+        self._buffers = None
+
+
+def make_cache(config: Any) -> DynamicCache:
+    """An empty cache for a decoder of that configuration; layers that see everything before them are roomy."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def is_roomy(cache: Cache) -> bool:
+    """Whether all layers are, so that prefixes can be cut out of them and rows be joined."""
+    return all(isinstance(layer, RoomyLayer) for layer in cache.layers)
+
+
+def join_layers(cache: Cache, other: Cache, *, right: bool = False) -> None:
+    """Appends the rows of another cache of roomy layers, which is not to be used afterwards; see `RoomyLayer.join`."""
+    layers: list[Any] = cache.layers
+    for layer, joining in zip(layers, other.layers, strict=True):
+        layer.join(joining, right=right)
+
+
+def _with_room(states: Tensor, length: int) -> Tensor:
+    """A buffer for at least `length` positions that begins with `states`."""
+    rows, heads, filled, width = states.shape
+    buffer = states.new_empty(rows, heads, -(-length // ROOM) * ROOM, width)
+    buffer[:, :, :filled] = states
+    return buffer
+
+
+def _pad(states: Tensor, length: int, right: bool) -> Tensor:
+    short = length - states.shape[2]
+    return F.pad(states, (0, 0, 0, short) if right else (0, 0, short, 0))
