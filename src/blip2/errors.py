@@ -9,7 +9,8 @@
     │   ├── MissingPart       a model that lacks what was asked of it
     │   ├── UnknownModel      a name that is no model
     │   └── Untrusted         a file that could run code or lies about its contents
-    └── DownloadFailed        the network or a mirror is at fault                exit code 2
+    ├── DownloadFailed        the network or a mirror is at fault                exit code 2
+    └── Busy                  too many requests at once, or an engine that is closing
 
 Exit codes are those of the command line.
 """
@@ -51,6 +52,10 @@ class UnknownModel(UserError):
 
 class Untrusted(UserError):
     """A file that could run code, or whose header lies about its contents."""
+
+
+class Busy(Blip2Error):
+    """A request that cannot be taken now; it may be made again later."""
 
 
 class DownloadFailed(Blip2Error):

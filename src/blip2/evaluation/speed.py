@@ -2,7 +2,7 @@
 
     "blip2"          `blip2.load`, as everybody uses it
     "transformers"   Hugging Face's class and processor, on a checkpoint in its layout
-    "plain"          our modules one after the other and the LLM's own `generate`: nothing is kept between questions
+    "plain"          our modules one after the other and the LLM's own `generate`, as `PlainSpeaker` has it
 
 Every picture is new, so that nothing is remembered of it but where that is the question (`second_question`). Times are
 seconds of wall clock. Peak memory is what the process held at most: all of it, and without the pages of mapped files,
@@ -251,7 +251,7 @@ def _memory() -> dict[str, float]:
 
 
 class _Ours:
-    """`blip2.load`, as everybody uses it; `plain` keeps nothing between questions."""
+    """`blip2.load`, as everybody uses it."""
 
     def __init__(self, contender: Contender) -> None:
         from blip2.inference.loading import load
@@ -265,14 +265,55 @@ class _Ours:
             quantize=contender.quantize,
         )
         self.model.batch_size = 1024
-        if contender.kind == "plain":
-            self.model.image_cache.max_bytes = self.model.generator.image_cache.max_bytes = 0
 
     def see(self, image: Image.Image) -> None:
         self.model.image_features(image)
 
     def say(self, images: list[Image.Image], prompt: str, count: int) -> list[str]:
         return self.model.generate(images, prompt, max_new_tokens=count, min_new_tokens=count)
+
+
+class PlainSpeaker:
+    """Our modules one after the other and the LLM's own `generate`, its layers as transformers has them."""
+
+    def __init__(self, contender: Contender) -> None:
+        from blip2.checkpoints import frozen
+        from blip2.inference.loading import find_model, load
+
+        self.device = contender.device
+        dtype: torch.dtype = getattr(torch, contender.dtype)
+        self.model = load(contender.model, contender.device, dtype)
+        self.model.batch_size = 1024
+        self.model.image_cache.max_bytes = self.model.generator.image_cache.max_bytes = 0
+        part = self.model.settings.language
+        assert part is not None, "a model that speaks names its language model"
+        self.network: Any = frozen.load_language(part.place(find_model(contender.model)), dtype=dtype)[0]
+        self.network.eval().to(contender.device)
+
+    def see(self, image: Image.Image) -> None:
+        """Image features."""
+        self.model.image_features(image)
+
+    def say(self, images: list[Image.Image], prompt: str, count: int) -> list[str]:
+        """Texts of `count` tokens."""
+        return self.generate(images, prompt, prompt, max_new_tokens=count, min_new_tokens=count)
+
+    @torch.inference_mode()
+    def generate(self, images: Sequence[Any], prompt: str, instruction: str, **options: Any) -> list[str]:
+        """Texts after pictures and one prompt; options are those of transformers."""
+        generator = self.model.generator
+        visual = generator.visual_prompt(self.model.image_features(images), [instruction] * len(images))
+        prompts = generator.tokenizer.encode_prompts([prompt] * len(images)).to(visual.device)
+        words = self.network.get_input_embeddings()(prompts.input_ids)
+        embeds = torch.cat([visual.to(words.dtype), words], dim=1)  # prompts are equal, so there is no padding
+        said = self.network.generate(
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device),
+            eos_token_id=generator.language_model.stop_ids,
+            pad_token_id=generator.language_model.pad_id,
+            **{"do_sample": False, "num_beams": 1} | options,
+        )
+        return generator.tokenizer.decode(said[:, 1:] if self.network.config.is_encoder_decoder else said)
 
 
 class _Transformers:
@@ -298,4 +339,8 @@ class _Transformers:
         return [text.strip() for text in texts]  # as ours are
 
 
-SPEAKERS: Mapping[str, Callable[[Contender], Any]] = {"blip2": _Ours, "plain": _Ours, "transformers": _Transformers}
+SPEAKERS: Mapping[str, Callable[[Contender], Any]] = {
+    "blip2": _Ours,
+    "plain": PlainSpeaker,
+    "transformers": _Transformers,
+}

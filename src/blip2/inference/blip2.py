@@ -277,11 +277,15 @@ class Blip2:
         features = []
         for some in self._batches(len(rows)):
             pixel_values = self.transform.batch([load_image(image) for image in rows[some]])  # (B, 3, S, S)
-            features += self._features(pixel_values)
+            features += self.features_of(pixel_values)
         return torch.stack(features)
 
-    def _features(self, pixel_values: Tensor) -> list[Tensor]:
-        """(N, Dv) of every row of `pixel_values`; what is in the cache, or there twice, is not computed again."""
+    @torch.inference_mode()
+    def features_of(self, pixel_values: Tensor) -> list[Tensor]:
+        """(N, Dv) of every row of `pixel_values` (B, 3, S, S), as `transform` makes them.
+
+        What is in the cache, or there twice, is not computed again.
+        """
         device = next(self.vision_model.parameters()).device
         keys = [digest(pixels) for pixels in pixel_values]
         known = {key: kept[0] for key in keys if (kept := self.image_cache.get(key))}

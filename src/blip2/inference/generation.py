@@ -76,7 +76,8 @@ class Generator:
         batch = self.instruction_tokenizer.encode(instructions, self.max_text_tokens).to(image_features.device)
         return self.model.visual_prompt(image_features, Text(batch.input_ids, batch.attention_mask))
 
-    def _read(self, visual_prompt: Tensor, prompt: TextBatch) -> tuple[Reading, Tensor]:
+    @torch.inference_mode()
+    def read(self, visual_prompt: Tensor, prompt: TextBatch) -> tuple[Reading, Tensor]:
         """What the LLM's `start` gives; the visual prompt of a single row is read only if it was not read before."""
         given = (visual_prompt, prompt.input_ids, prompt.attention_mask)
         if not isinstance(self.language_model, DecoderLM) or len(visual_prompt) > 1:
@@ -102,7 +103,7 @@ class Generator:
         """
         prompt = self.tokenizer.encode_prompts(prompts).to(image_features.device)
         visual_prompt = self.visual_prompt(image_features, instructions)
-        return self.tokenizer.decode(write(self.language_model, *self._read(visual_prompt, prompt), decoding))
+        return self.tokenizer.decode(write(self.language_model, *self.read(visual_prompt, prompt), decoding))
 
     def propose(
         self, image_features: Tensor, prompts: Sequence[str], instructions: Sequence[str], decoding: Decoding
@@ -121,7 +122,7 @@ class Generator:
         pieces = TextPieces(self.tokenizer.decode)
         with torch.inference_mode():
             encoded = self.tokenizer.encode_prompts([prompt]).to(image_features.device)
-            started = self._read(self.visual_prompt(image_features, [instruction]), encoded)
+            started = self.read(self.visual_prompt(image_features, [instruction]), encoded)
             writer = Writer(self.language_model)
             (row,) = writer.add(*started, [decoding])
         while writer.rows:

@@ -1,0 +1,262 @@
+"""Many users, one model: their requests share batches, and nobody waits for another's text to end.
+
+    submit (any thread) ─ waiting ─┬─ features, visual prompts and prompts of those taken together
+                                   └─ join what is being written ─ a token each, a step ─ pieces to each reply
+
+One thread has the model to itself. Between two steps new requests join and cancelled ones leave.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from blip2.errors import Busy
+from blip2.inference.blip2 import Blip2
+from blip2.inference.streaming import TextPieces
+from blip2.model.language import Reading
+from blip2.model.writing import Decoding, Row, Writer, write
+from blip2.preprocessing.images import ImageSource, load_image
+
+Reason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass
+class _Request:
+    """What is asked, read as far as that needs no model."""
+
+    pixel_values: Tensor  # (3, S, S)
+    prompt: str
+    instruction: str
+    decoding: Decoding
+    reply: "Reply"
+
+
+class Reply:
+    """The text that a request gets, to be read once: in pieces as they are made (`for piece in reply`), or whole.
+
+    Attributes:
+        num_tokens: how many were written so far.
+        reason: why it ended: the model came to an end ("stop"), the greatest length was reached ("length"), or nobody
+            waited any more ("cancelled"); None until then.
+    """
+
+    def __init__(self, pieces: TextPieces) -> None:
+        self.num_tokens = 0
+        self.reason: Reason | None = None
+        self._pieces = pieces
+        self._queue: SimpleQueue[str | BaseException | None] = SimpleQueue()  # None = the end
+        self._is_cancelled = threading.Event()
+
+    def __iter__(self) -> Iterator[str]:
+        """Pieces of the text; raises what went wrong. Who leaves the loop early cancels the rest."""
+        try:
+            while (piece := self._queue.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            self.cancel()
+
+    def text(self) -> str:
+        """The whole text, once it is there; raises what went wrong."""
+        return "".join(self)
+
+    def cancel(self) -> None:
+        """Nobody waits any more: the model stops before its next step. No effect on a text that has ended."""
+        self._is_cancelled.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits any more."""
+        return self._is_cancelled.is_set()
+
+    def _add(self, token_ids: Sequence[int], reason: Reason | None) -> None:
+        self.num_tokens = len(token_ids)
+        if piece := self._pieces.after(token_ids, is_end=reason is not None):
+            self._queue.put(piece)
+        if reason is not None:
+            self._end(reason)
+
+    def _end(self, reason: Reason) -> None:
+        self.reason = reason
+        self._queue.put(None)
+
+    def _fail(self, error: BaseException) -> None:
+        self._queue.put(error)
+
+
+class Engine:
+    """Runs the requests of many threads on one model; see the module's docstring.
+
+    Args:
+        model: with a generating part. Nobody else may use it meanwhile.
+        max_rows: how many texts are written side by side.
+        max_waiting: how many requests may wait besides; more are refused.
+
+    Raises:
+        MissingPart: the model cannot speak.
+    """
+
+    def __init__(self, model: Blip2, *, max_rows: int = 16, max_waiting: int = 256) -> None:
+        self.model = model
+        self.generator = model.generator
+        self.max_rows = max_rows
+        self.max_waiting = max_waiting
+        self.num_steps = 0
+        self._waiting: deque[_Request] = deque()
+        self._held: deque[tuple[_Request, Reading, Tensor]] = deque()  # read, but cannot join what is being written
+        self._writing: dict[int, tuple[Row, Reply]] = {}
+        self._writer = Writer(self.generator.language_model)
+        self._changed = threading.Condition()
+        self._is_closing = False
+        self._is_aborting = False
+        self._thread = threading.Thread(target=self._run, name="blip2 engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self, image: ImageSource, prompt: str, instruction: str | None = None, *, decoding: Decoding | None = None
+    ) -> Reply:
+        """Asks for the text after a picture and a prompt; the picture is read in the caller's thread.
+
+        Args:
+            image: the picture.
+            prompt: what the text continues.
+            instruction: what an instruction-aware Q-Former reads; None: the prompt.
+            decoding: see `inference.decoding.make_decoding`; None: greedy. With beams the reply comes in one piece, and
+                the likeliest of several sequences is given.
+
+        Raises:
+            Busy: too many wait, or the engine is closing.
+            BadImage, MissingFile: the picture cannot be read.
+        """
+        self._refuse_if_full()
+        pixel_values = self.model.transform.batch([load_image(image)])[0]
+        reply = Reply(TextPieces(self.generator.tokenizer.decode))
+        told = prompt if instruction is None else instruction
+        request = _Request(pixel_values, prompt, told, decoding or Decoding(), reply)
+        with self._changed:
+            self._refuse_if_full()
+            self._waiting.append(request)
+            self._changed.notify()
+        return reply
+
+    def close(self, *, finish: bool = True) -> None:
+        """Takes no more requests; returns when those taken are answered or, without `finish`, cancelled."""
+        with self._changed:
+            self._is_closing = True
+            self._is_aborting = not finish
+            self._changed.notify()
+        self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
+        self.close(finish=error_type is None)
+
+    def _refuse_if_full(self) -> None:
+        if self._is_closing:
+            raise Busy("The model is being shut down and takes no more requests.")
+        if len(self._waiting) >= self.max_waiting:
+            raise Busy(f"{len(self._waiting)} requests are waiting already. Try again in a few seconds.")
+
+    # -- the thread that has the model ------------------------------------------------------------------------------
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._waiting or self._held or self._writing or self._is_closing):
+                    self._changed.wait()
+                if self._is_closing and not (self._waiting or self._held or self._writing):
+                    return
+                room = self.max_rows - len(self._writing) - len(self._held)
+                taken = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            self._take(taken)
+            self._join_held()
+            self._step()
+
+    @torch.inference_mode()
+    def _take(self, taken: list[_Request]) -> None:
+        """Reads requests for the model, together; where that fails one by one, so that only what is at fault fails."""
+        unanswered = [request for request in taken if request.reply.reason is None]
+        wanted = [request for request in unanswered if not self._is_given_up(request.reply)]
+        if not wanted:
+            return
+        try:
+            self._read(wanted)
+        except Exception as error:  # whatever it is, it belongs to whoever asked
+            if len(wanted) == 1:
+                wanted[0].reply._fail(error)
+            else:
+                for request in wanted:
+                    self._take([request])
+
+    def _is_given_up(self, reply: Reply) -> bool:
+        given_up = reply.is_cancelled or self._is_aborting
+        if given_up:
+            reply._end("cancelled")
+        return given_up
+
+    def _read(self, requests: list[_Request]) -> None:
+        generator = self.generator
+        features = torch.stack(self.model.features_of(torch.stack([request.pixel_values for request in requests])))
+        visual_prompts = generator.visual_prompt(features, [request.instruction for request in requests])
+        plain = [i for i, request in enumerate(requests) if request.decoding.num_beams == 1]
+        for i in (i for i in range(len(requests)) if i not in plain):
+            self._search(requests[i], visual_prompts[i : i + 1])
+        if not plain:
+            return
+        prompts = generator.tokenizer.encode_prompts([requests[i].prompt for i in plain]).to(visual_prompts.device)
+        reading, logits = generator.read(visual_prompts[plain], prompts)
+        if self._writer.takes(reading):
+            rows = self._writer.add(reading, logits, [requests[i].decoding for i in plain])
+            replies = [requests[i].reply for i in plain]
+            self._writing |= {id(row): (row, reply) for row, reply in zip(rows, replies, strict=True)}
+        else:
+            for i in plain:  # alone, each when nothing else is written
+                prompt = generator.tokenizer.encode_prompts([requests[i].prompt]).to(visual_prompts.device)
+                self._held.append((requests[i], *generator.read(visual_prompts[i : i + 1], prompt)))
+
+    def _search(self, request: _Request, visual_prompt: Tensor) -> None:
+        prompt = self.generator.tokenizer.encode_prompts([request.prompt]).to(visual_prompt.device)
+        started = self.generator.read(visual_prompt, prompt)
+        (token_ids, *_) = write(self.generator.language_model, *started, request.decoding).tolist()
+        request.reply._add(token_ids, self._reason(token_ids, request.decoding))
+
+    def _join_held(self) -> None:
+        while self._held and self._writer.takes(self._held[0][1]):
+            request, reading, logits = self._held.popleft()
+            if not self._is_given_up(request.reply):
+                (row,) = self._writer.add(reading, logits, [request.decoding])
+                self._writing[id(row)] = (row, request.reply)
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        for key, (row, reply) in list(self._writing.items()):
+            if self._is_given_up(reply):
+                row.is_cancelled = True
+                del self._writing[key]
+        try:
+            written, ended = self._writer.step()
+        except Exception as error:  # the model is at fault: everybody is told, and it starts afresh
+            for _, reply in self._writing.values():
+                reply._fail(error)
+            self._writing.clear()
+            self._writer = Writer(self.generator.language_model)
+            return
+        self.num_steps += bool(written)
+        for row in written:
+            _, reply = self._writing[id(row)]
+            is_end = any(row is one for one in ended)
+            reply._add(row.token_ids, self._reason(row.token_ids, row.decoding) if is_end else None)
+            if is_end:
+                del self._writing[id(row)]
+
+    def _reason(self, token_ids: Sequence[int], decoding: Decoding) -> Reason:
+        stops = set(self.generator.language_model.stop_ids)
+        return "stop" if stops & set(token_ids) or len(token_ids) < decoding.max_new_tokens else "length"
