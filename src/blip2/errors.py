@@ -10,7 +10,8 @@
     │   ├── UnknownModel      a name that is no model
     │   └── Untrusted         a file that could run code or lies about its contents
     ├── DownloadFailed        the network or a mirror is at fault                exit code 2
-    └── Busy                  too many requests at once, or an engine that is closing
+    └── Busy                  too many requests at once
+        └── Closing           an engine that takes no more
 
 Exit codes are those of the command line.
 """
@@ -56,6 +57,10 @@ class Untrusted(UserError):
 
 class Busy(Blip2Error):
     """A request that cannot be taken now; it may be made again later."""
+
+
+class Closing(Busy):
+    """A request to an engine that is being shut down."""
 
 
 class DownloadFailed(Blip2Error):

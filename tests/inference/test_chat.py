@@ -3,6 +3,7 @@
 import pytest
 
 from blip2.errors import UserError
+from blip2.inference.chat import fit_dialogue
 from blip2.preprocessing.prompts import dialogue
 
 
@@ -38,12 +39,30 @@ def test_reset_forgets(model, images):
     assert conversation.ask("what is this ?") == first
 
 
-def test_a_long_dialogue_stays_within_the_language_model(model, images):
+def test_a_long_dialogue_is_cut_at_whole_turns_to_what_the_language_model_can_read(model, images):
     conversation = model.chat(images[0])
-    for _ in range(14):
-        conversation.ask("which colour ?", max_new_tokens=2)
-    assert len(conversation.history) == 14
-    assert conversation._prompt("why ?").count("Question:") == 11
+    room = model.generator.prompt_room(2)
+    turn = "which colour is the red cup left of the star ?"
+    while not conversation.num_left_out:
+        conversation.ask(turn, max_new_tokens=2)
+    history = conversation.history[:-1]
+    asked = fit_dialogue(model.generator, history, turn, model.settings.prompts.question, max_new_tokens=2)
+    assert asked.prompt == dialogue(history[asked.num_left_out :], turn, model.settings.prompts.question)
+    one_more = dialogue(history[asked.num_left_out - 1 :], turn, model.settings.prompts.question)
+    lengths = [model.generator.tokenizer.encode_prompts([text]).input_ids.shape[1] for text in (asked.prompt, one_more)]
+    assert lengths[0] <= room < lengths[1]
+    assert asked.num_tokens == lengths[0] + model.generator.model.config.num_query_tokens
+
+
+def test_a_question_that_does_not_fit_alone_is_refused(model, images):
+    with pytest.raises(UserError, match=r"The question is \d+ tokens long"):
+        model.chat(images[0]).ask("which colour " * 4000)
+
+
+def test_a_system_line_stands_before_the_dialogue_and_is_never_cut(model):
+    history = [("what is this ?", "a cup")] * 200
+    asked = fit_dialogue(model.generator, history, "why ?", "Q: {} A:", max_new_tokens=4, system=" be red ")
+    assert asked.num_left_out and asked.prompt.startswith("be red Q: what is this ? A: a cup. Q:")
 
 
 def test_an_empty_question_is_refused(model, images):

@@ -24,6 +24,7 @@ from blip2.cli.info import info
 from blip2.cli.init import init
 from blip2.cli.match import match
 from blip2.cli.quantize import quantize
+from blip2.cli.serve import serve
 from blip2.cli.train import train
 from blip2.errors import Blip2Error
 
@@ -35,7 +36,10 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (caption, ask, chat, match, embed, info, demo, train, evaluate, export, convert, quantize, init, bench):
+for command in (
+    *(caption, ask, chat, serve, match, embed, info, demo),
+    *(train, evaluate, export, convert, quantize, init, bench),
+):
     app.command()(command)
 app.add_typer(data, name="data")
 

@@ -3,7 +3,8 @@
 Question: q1 Answer: a1. Question: q2 Answer:
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Unpack
 
 from torch import Tensor
@@ -11,9 +12,57 @@ from torch import Tensor
 from blip2.errors import UserError
 from blip2.inference.decoding import DecodingOptions, make_decoding, make_streamable
 from blip2.inference.generation import Generator
+from blip2.model.writing import Decoding
 from blip2.preprocessing.prompts import dialogue
 
-MAX_TURNS = 10  # the prompt repeats these many; older ones are forgotten, so that it stays within every LLM's length
+Turns = Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question with as much of what was said before as the language model can read.
+
+    Attributes:
+        prompt: what the language model continues.
+        num_tokens: of the prompt and the visual prompt before it.
+        num_left_out: how many of the oldest turns had to be left out.
+    """
+
+    prompt: str
+    num_tokens: int
+    num_left_out: int
+
+
+def fit_dialogue(
+    generator: Generator, history: Turns, question: str, template: str, *, max_new_tokens: int, system: str = ""
+) -> Asked:
+    """The prompt that asks `question`, with the history cut at whole turns where it would not fit.
+
+    Args:
+        generator: whose language model reads it.
+        history: questions and answers, oldest first.
+        question: what is asked now.
+        template: the question prompt, {} stands for the question.
+        max_new_tokens: room for the answer.
+        system: a line before everything, never cut.
+
+    Raises:
+        UserError: the question is empty, or does not fit alone.
+    """
+    if not question.strip():
+        raise UserError("The question is empty.")
+    room, num_tokens = generator.prompt_room(max_new_tokens), 0
+    for num_left_out in range(len(history) + 1):
+        prompt = dialogue(history[num_left_out:], question, template)
+        if system.strip():
+            prompt = f"{system.strip()} {prompt}"
+        num_tokens = generator.tokenizer.encode_prompts([prompt]).input_ids.shape[1]
+        if room is None or num_tokens <= room:
+            return Asked(prompt, num_tokens + generator.model.config.num_query_tokens, num_left_out)
+    raise UserError(
+        f"The question is {num_tokens} tokens long; beside an answer of {max_new_tokens} there is room for "
+        f"{max(0, room or 0)}. Shorten it, or ask for a shorter answer."
+    )
 
 
 class Conversation:
@@ -21,6 +70,7 @@ class Conversation:
 
     Attributes:
         history: questions and answers, oldest first.
+        num_left_out: how many of the oldest the last question was asked without, for want of room.
     """
 
     def __init__(self, generator: Generator, image_features: Tensor, template: str) -> None:
@@ -32,14 +82,16 @@ class Conversation:
             template: the question prompt, {} stands for the question.
         """
         self.history: list[tuple[str, str]] = []
+        self.num_left_out = 0
         self._generator = generator
         self._image_features = image_features
         self._template = template
 
     def ask(self, question: str, **options: Unpack[DecodingOptions]) -> str:
         """The answer to `question`, given what was said before; it joins the history."""
+        decoding = make_decoding(options)
         (answer,) = self._generator.speak(
-            self._image_features, [self._prompt(question)], [question], make_decoding(options)
+            self._image_features, [self._prompt(question, decoding)], [question], decoding
         )
         self.history.append((question, answer))
         return answer
@@ -48,7 +100,8 @@ class Conversation:
         """The same answer piece by piece; it joins the history once it is whole."""
         pieces = []
         decoding = make_streamable(options)
-        for piece in self._generator.stream(self._image_features, self._prompt(question), question, decoding):
+        prompt = self._prompt(question, decoding)
+        for piece in self._generator.stream(self._image_features, prompt, question, decoding):
             pieces.append(piece)
             yield piece
         self.history.append((question, "".join(pieces)))
@@ -57,7 +110,8 @@ class Conversation:
         """Forget all turns; the picture stays."""
         self.history.clear()
 
-    def _prompt(self, question: str) -> str:
-        if not question.strip():
-            raise UserError("The question is empty.")
-        return dialogue(self.history[-MAX_TURNS:], question, self._template)
+    def _prompt(self, question: str, decoding: Decoding) -> str:
+        room = decoding.max_new_tokens
+        asked = fit_dialogue(self._generator, self.history, question, self._template, max_new_tokens=room)
+        self.num_left_out = asked.num_left_out
+        return asked.prompt

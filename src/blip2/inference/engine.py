@@ -3,20 +3,22 @@
     submit (any thread) ─ waiting ─┬─ features, visual prompts and prompts of those taken together
                                    └─ join what is being written ─ a token each, a step ─ pieces to each reply
 
-One thread has the model to itself. Between two steps new requests join and cancelled ones leave.
+One thread has the model to itself. Between two steps new requests join, cancelled ones leave, and what else is to be
+done with the model (`call`: vectors, matches, maps) is done.
 """
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from blip2.errors import Busy
+from blip2.errors import Busy, Closing
 from blip2.inference.blip2 import Blip2
 from blip2.inference.streaming import TextPieces
 from blip2.model.language import Reading
@@ -24,6 +26,8 @@ from blip2.model.writing import Decoding, Row, Writer, write
 from blip2.preprocessing.images import ImageSource, load_image
 
 Reason = Literal["stop", "length", "cancelled"]
+Delivery = Callable[[str | BaseException | None], None]
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -46,11 +50,12 @@ class Reply:
             waited any more ("cancelled"); None until then.
     """
 
-    def __init__(self, pieces: TextPieces) -> None:
+    def __init__(self, pieces: TextPieces, deliver: Delivery | None = None) -> None:
         self.num_tokens = 0
         self.reason: Reason | None = None
         self._pieces = pieces
         self._queue: SimpleQueue[str | BaseException | None] = SimpleQueue()  # None = the end
+        self._deliver = deliver or self._queue.put
         self._is_cancelled = threading.Event()
 
     def __iter__(self) -> Iterator[str]:
@@ -79,16 +84,16 @@ class Reply:
     def _add(self, token_ids: Sequence[int], reason: Reason | None) -> None:
         self.num_tokens = len(token_ids)
         if piece := self._pieces.after(token_ids, is_end=reason is not None):
-            self._queue.put(piece)
+            self._deliver(piece)
         if reason is not None:
             self._end(reason)
 
     def _end(self, reason: Reason) -> None:
         self.reason = reason
-        self._queue.put(None)
+        self._deliver(None)
 
     def _fail(self, error: BaseException) -> None:
-        self._queue.put(error)
+        self._deliver(error)
 
 
 class Engine:
@@ -109,6 +114,7 @@ class Engine:
         self.max_rows = max_rows
         self.max_waiting = max_waiting
         self.num_steps = 0
+        self._calls: deque[Callable[[], None]] = deque()
         self._waiting: deque[_Request] = deque()
         self._held: deque[tuple[_Request, Reading, Tensor]] = deque()  # read, but cannot join what is being written
         self._writing: dict[int, tuple[Row, Reply]] = {}
@@ -119,8 +125,29 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="blip2 engine", daemon=True)
         self._thread.start()
 
+    @property
+    def num_waiting(self) -> int:
+        """How many requests the model has not begun with."""
+        return len(self._waiting) + len(self._calls)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the model's thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def num_writing(self) -> int:
+        """How many texts are being written."""
+        return len(self._writing)
+
     def submit(
-        self, image: ImageSource, prompt: str, instruction: str | None = None, *, decoding: Decoding | None = None
+        self,
+        image: ImageSource,
+        prompt: str,
+        instruction: str | None = None,
+        *,
+        decoding: Decoding | None = None,
+        deliver: Delivery | None = None,
     ) -> Reply:
         """Asks for the text after a picture and a prompt; the picture is read in the caller's thread.
 
@@ -128,23 +155,64 @@ class Engine:
             image: the picture.
             prompt: what the text continues.
             instruction: what an instruction-aware Q-Former reads; None: the prompt.
-            decoding: see `inference.decoding.make_decoding`; None: greedy. With beams the reply comes in one piece, and
-                the likeliest of several sequences is given.
+            decoding: see `inference.decoding`; None: greedy. With beams the reply comes in one piece, and of several
+                sequences the one that the retrieval part finds most similar to the picture.
+            deliver: called in the model's thread with every piece, then with None or with what went wrong, in place of
+                the reply's own `text` and iteration. It must return at once.
 
         Raises:
-            Busy: too many wait, or the engine is closing.
+            Busy: too many wait.
+            Closing: the engine is closing.
+            MissingPart: several sequences without the retrieval part.
             BadImage, MissingFile: the picture cannot be read.
         """
-        self._refuse_if_full()
+        self.refuse_if_full()
+        decoding = decoding or Decoding()
+        if decoding.num_return_sequences > 1:
+            _ = self.model.retriever
         pixel_values = self.model.transform.batch([load_image(image)])[0]
-        reply = Reply(TextPieces(self.generator.tokenizer.decode))
+        reply = Reply(TextPieces(self.generator.tokenizer.decode), deliver)
         told = prompt if instruction is None else instruction
-        request = _Request(pixel_values, prompt, told, decoding or Decoding(), reply)
+        request = _Request(pixel_values, prompt, told, decoding, reply)
         with self._changed:
-            self._refuse_if_full()
+            self.refuse_if_full()
             self._waiting.append(request)
             self._changed.notify()
         return reply
+
+    def call(self, work: Callable[[], Result]) -> Future[Result]:
+        """Does `work` in the model's thread, between two steps; it may use the model.
+
+        Raises:
+            Busy: too many wait.
+            Closing: the engine is closing.
+        """
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            if self._is_aborting or not future.set_running_or_notify_cancel():
+                future.cancel()
+                return
+            try:
+                with torch.inference_mode():
+                    result = work()
+            except BaseException as error:  # whatever it is, it belongs to whoever asked
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        with self._changed:
+            self.refuse_if_full()
+            self._calls.append(run)
+            self._changed.notify()
+        return future
+
+    def refuse_if_full(self) -> None:
+        """Raises Busy where too many wait, Closing where the engine is closing."""
+        if self._is_closing:
+            raise Closing("The model is being shut down and takes no more requests.")
+        if self.num_waiting >= self.max_waiting:
+            raise Busy(f"{self.num_waiting} requests are waiting already. Try again in a few seconds.")
 
     def close(self, *, finish: bool = True) -> None:
         """Takes no more requests; returns when those taken are answered or, without `finish`, cancelled."""
@@ -160,25 +228,26 @@ class Engine:
     def __exit__(self, error_type: type[BaseException] | None, *_: Any) -> None:
         self.close(finish=error_type is None)
 
-    def _refuse_if_full(self) -> None:
-        if self._is_closing:
-            raise Busy("The model is being shut down and takes no more requests.")
-        if len(self._waiting) >= self.max_waiting:
-            raise Busy(f"{len(self._waiting)} requests are waiting already. Try again in a few seconds.")
-
     # -- the thread that has the model ------------------------------------------------------------------------------
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not (self._waiting or self._held or self._writing or self._is_closing):
+                while not (self._has_work or self._is_closing):
                     self._changed.wait()
-                if self._is_closing and not (self._waiting or self._held or self._writing):
+                if not self._has_work:
                     return
+                calls = [self._calls.popleft() for _ in range(len(self._calls))]
                 room = self.max_rows - len(self._writing) - len(self._held)
                 taken = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
+            for run in calls:
+                run()
             self._take(taken)
             self._join_held()
             self._step()
+
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._calls or self._waiting or self._held or self._writing)
 
     @torch.inference_mode()
     def _take(self, taken: list[_Request]) -> None:
@@ -206,9 +275,9 @@ class Engine:
         generator = self.generator
         features = torch.stack(self.model.features_of(torch.stack([request.pixel_values for request in requests])))
         visual_prompts = generator.visual_prompt(features, [request.instruction for request in requests])
-        plain = [i for i, request in enumerate(requests) if request.decoding.num_beams == 1]
+        plain = [i for i, request in enumerate(requests) if _is_one_row(request.decoding)]
         for i in (i for i in range(len(requests)) if i not in plain):
-            self._search(requests[i], visual_prompts[i : i + 1])
+            self._search(requests[i], features[i : i + 1], visual_prompts[i : i + 1])
         if not plain:
             return
         prompts = generator.tokenizer.encode_prompts([requests[i].prompt for i in plain]).to(visual_prompts.device)
@@ -222,10 +291,16 @@ class Engine:
                 prompt = generator.tokenizer.encode_prompts([requests[i].prompt]).to(visual_prompts.device)
                 self._held.append((requests[i], *generator.read(visual_prompts[i : i + 1], prompt)))
 
-    def _search(self, request: _Request, visual_prompt: Tensor) -> None:
+    def _search(self, request: _Request, features: Tensor, visual_prompt: Tensor) -> None:
         prompt = self.generator.tokenizer.encode_prompts([request.prompt]).to(visual_prompt.device)
         started = self.generator.read(visual_prompt, prompt)
-        (token_ids, *_) = write(self.generator.language_model, *started, request.decoding).tolist()
+        found = write(self.generator.language_model, *started, request.decoding)  # (R, T)
+        chosen = 0
+        if len(found) > 1:
+            texts = self.generator.tokenizer.decode(found)
+            (best,) = self.model.retriever.best_fitting(features, [texts])
+            chosen = texts.index(best)
+        token_ids = self._until_stop(found[chosen].tolist())
         request.reply._add(token_ids, self._reason(token_ids, request.decoding))
 
     def _join_held(self) -> None:
@@ -257,6 +332,15 @@ class Engine:
             if is_end:
                 del self._writing[id(row)]
 
+    def _until_stop(self, token_ids: list[int]) -> list[int]:
+        """Without the padding that a shorter text among several ends in."""
+        ends = [i for i, token in enumerate(token_ids) if token in self.generator.language_model.stop_ids]
+        return token_ids[: ends[0] + 1] if ends else token_ids
+
     def _reason(self, token_ids: Sequence[int], decoding: Decoding) -> Reason:
         stops = set(self.generator.language_model.stop_ids)
         return "stop" if stops & set(token_ids) or len(token_ids) < decoding.max_new_tokens else "length"
+
+
+def _is_one_row(decoding: Decoding) -> bool:
+    return decoding.num_beams == 1 and decoding.num_return_sequences == 1

@@ -5,6 +5,7 @@ image_features ─ Q-Former (reads the instruction, if it is aware of one) ─ v
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,16 @@ class Generator:
         """Whether the Q-Former is told what is asked."""
         return self.instruction_tokenizer is not None
 
+    def prompt_room(self, max_new_tokens: int) -> int | None:
+        """How many tokens a prompt may have beside the visual prompt and an answer; None where nothing bounds it."""
+        config: Any = self.language_model.model.config.get_text_config()
+        # T5 counts positions from each other, and names the length that it was trained at.
+        length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if length is None:
+            return None
+        answer = 0 if self.language_model.is_encoder_decoder else max_new_tokens
+        return length - self.model.config.num_query_tokens - answer
+
     @torch.inference_mode()
     def visual_prompt(self, image_features: Tensor, instructions: Sequence[str]) -> Tensor:
         """Soft visual prompts (B, Q, Dl) of image features (B, N, Dv); B instructions, unread if it is not aware."""
@@ -63,13 +74,14 @@ class Generator:
         keys = [("prompt", digest(features), text) for features, text in zip(image_features, told, strict=True)]
         kept = [self.image_cache.get(key) for key in keys]
         new = [row for row, found in enumerate(kept) if found is None]
-        computed = iter(self._compute_visual_prompt(image_features[new], [told[row] for row in new]) if new else ())
+        computed = iter(self.compute_visual_prompt(image_features[new], [told[row] for row in new]) if new else ())
         prompts = [found[0] if found else next(computed).clone() for found in kept]  # B of (Q, Dl)
         for row in new:
             self.image_cache.put(keys[row], [prompts[row]])
         return torch.stack(prompts)
 
-    def _compute_visual_prompt(self, image_features: Tensor, instructions: Sequence[str]) -> Tensor:
+    def compute_visual_prompt(self, image_features: Tensor, instructions: Sequence[str]) -> Tensor:
+        """As `visual_prompt`, but nothing is looked up or kept."""
         image_features = image_features.to(self.model.query_tokens.dtype)
         if self.instruction_tokenizer is None:
             return self.model.visual_prompt(image_features)

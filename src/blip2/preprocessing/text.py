@@ -7,6 +7,7 @@
 Text of users never becomes a special token: "[SEP]" or "<|im_end|>" typed by somebody are plain characters.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,7 @@ class LanguageTokenizer:
         if tokenizer.eos_token_id is None:
             raise BadData("The language model's tokenizer has no end-of-text token, so its answers would never end.")
         self.tokenizer = tokenizer
+        self._lock = threading.Lock()  # an encoding changes the tokenizer's settings, so that threads must take turns
         self.prompt_padding = prompt_padding
         self.bos_id: int | None = tokenizer.bos_token_id
         self.eos_id: int = tokenizer.eos_token_id
@@ -192,10 +194,11 @@ class LanguageTokenizer:
     def decode(self, input_ids: Tensor) -> list[str]:
         """The texts of new ids (B, T) up to the first eos, special tokens left out, without spaces at the ends."""
         rows = [self._until_eos(row) for row in input_ids.tolist()]
-        return [
-            self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-            for row in rows
-        ]
+        with self._lock:
+            return [
+                self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+                for row in rows
+            ]
 
     def _until_eos(self, row: list[int]) -> list[int]:
         return row[: row.index(self.eos_id)] if self.eos_id in row else row
@@ -224,4 +227,5 @@ class LanguageTokenizer:
         return [token for token in self._encode(text) if token not in self._special_ids]
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        with self._lock:
+            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

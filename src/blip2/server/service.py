@@ -1,0 +1,137 @@
+"""What the routes share: the model and its engine, the count of who is being answered, and threads for slow reading."""
+
+import asyncio
+import contextlib
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+import anyio
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+
+from blip2.errors import Busy
+from blip2.inference.blip2 import Blip2
+from blip2.inference.engine import Engine
+from blip2.server.faults import Fault, fault_of
+from blip2.server.metrics import Metrics
+from blip2.server.settings import ServerSettings
+
+NUM_READERS = 2  # threads that decode pictures and tokenise, beside the model's own
+Schema = TypeVar("Schema", bound=BaseModel)
+Result = TypeVar("Result")
+
+
+class Service:
+    """One model that is served.
+
+    Attributes:
+        model: what answers.
+        engine: what runs it; created with `max_rows` of the settings.
+        settings: see ServerSettings.
+        metrics: what is counted.
+        created: when it was loaded, seconds since 1970.
+        is_ready: whether new requests are taken; false from the moment the server is told to stop.
+    """
+
+    def __init__(self, model: Blip2, settings: ServerSettings) -> None:
+        most = settings.limits.admitted * settings.limits.choices
+        self.model = model
+        self.settings = settings
+        self.engine = Engine(model, max_rows=settings.max_rows, max_waiting=most)
+        self.metrics = Metrics()
+        self.created = int(time.time())
+        self.is_ready = True
+        self._num_admitted = 0
+        self._ended: deque[float] = deque(maxlen=64)  # when the last answers were whole
+        self._readers: anyio.CapacityLimiter | None = None
+        self.metrics.show("blip2_waiting", "Texts the model has not begun with", lambda: self.engine.num_waiting)
+        self.metrics.show("blip2_writing", "Texts that are being written", lambda: self.engine.num_writing)
+        self.metrics.show("blip2_admitted", "Requests that are answered or wait", lambda: self._num_admitted)
+
+    @contextlib.contextmanager
+    def admitted(self) -> Iterator[None]:
+        """A place among those that are answered; raises Fault 429 or 503 where there is none."""
+        if not self.is_ready:
+            raise Fault(503, "The server is being shut down and takes no more requests.", headers={"Retry-After": "5"})
+        if self._num_admitted >= self.settings.limits.admitted:
+            busy = Busy(f"{self._num_admitted} requests are being answered already. Try again in a few seconds.")
+            raise fault_of(busy, retry_after=self._seconds_to_wait())
+        self._num_admitted += 1
+        try:
+            yield
+        finally:
+            self._num_admitted -= 1
+            self._ended.append(time.monotonic())
+
+    def _seconds_to_wait(self) -> int:
+        """About how long it takes until half of those that wait are answered, from the last answers' rate."""
+        if len(self._ended) < 2:
+            return 1
+        rate = len(self._ended) / max(0.1, time.monotonic() - self._ended[0])
+        return min(60, max(1, round(self._num_admitted / 2 / rate)))
+
+    async def read(self, request: Request, schema: type[Schema]) -> Schema:
+        """The request's body, parsed in another thread."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise Fault(415, "The body must be JSON, with the header Content-Type: application/json.")
+        body = await request.body()
+        return await self.in_reader(lambda: _parse(body, schema))
+
+    async def in_reader(self, work: Callable[[], Result]) -> Result:
+        """Does what reads (JSON, pictures, tokens) off the event loop, a few at a time."""
+        if self._readers is None:
+            self._readers = anyio.CapacityLimiter(NUM_READERS)
+        return await anyio.to_thread.run_sync(work, limiter=self._readers, abandon_on_cancel=False)
+
+    async def with_model(self, work: Callable[[], Result]) -> Result:
+        """Does what takes the model in the engine's thread, between two words of others."""
+        return await asyncio.wrap_future(self.engine.call(work))
+
+    def check_model(self, name: str) -> None:
+        """Raises Fault 404 where the request names another model."""
+        if name != self.settings.name:
+            message = f"There is no model of this name here; it is {self.settings.name!r}."
+            raise Fault(404, message, param="model", code="model_not_found")
+
+
+def _parse(body: bytes, schema: type[Schema]) -> Schema:
+    try:
+        return schema.model_validate_json(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        place = ".".join(str(step) for step in first["loc"] if not _is_internal(step))
+        what = "is not a field of this request" if first["type"] == "extra_forbidden" else first["msg"]
+        message = f"{place}: {what}" if place else f"The body is no JSON that can be read: {_short(what)}"
+        raise Fault(400, f"{message[:300]}.", param=place[:100] or None) from None
+
+
+def _is_internal(step: Any) -> bool:
+    """Whether a step of a place is pydantic's name for a branch of a union, which nobody wrote."""
+    return isinstance(step, str) and ("[" in step or step in {"str", "TextPart", "ImagePart"})
+
+
+def _short(text: str) -> str:
+    return text.removeprefix("Invalid JSON: ")
+
+
+async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+    """What `work` gives; cancelled where the client leaves before."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_departure(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Fault(499, "The client left.")
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _departure(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
