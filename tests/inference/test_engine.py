@@ -7,8 +7,8 @@ import pytest
 from parity.hf_checkpoints import made_on_first_use
 
 import blip2
-from blip2.errors import BadImage, Busy, UserError
-from blip2.inference.decoding import make_decoding
+from blip2.errors import BadImage, Busy, Closing, UserError
+from blip2.inference.decoding import make_candidates, make_decoding
 from blip2.inference.engine import Engine
 
 QUESTIONS = ["what is this ?", "which colour is the red cup left of the star ?", "how many", "a cat ?", "which cup"]
@@ -127,3 +127,38 @@ def test_closing_finishes_what_was_taken_or_cancels_it(model, images):
     engine.close(finish=False)
     assert {reply.reason for reply in replies} == {"cancelled"}
     assert not engine._thread.is_alive()
+
+
+def test_of_several_captions_the_one_most_similar_to_the_picture_is_given(model, images):
+    decoding = make_candidates({"max_new_tokens": 9}, 4)
+    prompts = model.settings.prompts
+    expected = model.caption(images, best_of=4, max_new_tokens=9)
+    with Engine(model) as engine:
+        replies = [
+            engine.submit(image, prompts.caption, prompts.caption_instruction, decoding=decoding) for image in images
+        ]
+        assert [reply.text() for reply in replies] == expected
+    assert all(reply.num_tokens <= 9 for reply in replies)
+
+
+def test_other_work_with_the_model_is_done_between_steps(model, images):
+    expected = model.embed_texts(["a red cup"])
+    with Engine(model) as engine:
+        reply = engine.submit(images[0], "a", decoding=make_decoding({"max_new_tokens": 300, "min_new_tokens": 300}))
+        found = engine.call(lambda: (threading.current_thread().name, model.embed_texts(["a red cup"])))
+        name, vectors = found.result(60)
+        assert name == "blip2 engine" and (vectors == expected).all()
+        assert reply.reason is None  # it was not waited for
+        with pytest.raises(ZeroDivisionError):
+            engine.call(lambda: 1 / 0).result(60)
+        reply.cancel()
+    with pytest.raises(Closing):
+        engine.call(lambda: None)
+
+
+def test_pieces_may_be_delivered_as_they_come(model, images):
+    given = []
+    with Engine(model) as engine:
+        engine.submit(images[0], "a", deliver=given.append)
+    *pieces, end = given
+    assert end is None and "".join(pieces) == model_says(model, images[0], "a")

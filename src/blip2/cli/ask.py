@@ -1,6 +1,7 @@
 """blip2 ask: a question about pictures, answered in free words or from a list."""
 
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +20,9 @@ def ask(
     question: Annotated[str, typer.Argument(help="What to ask about each picture.")],
     answers: Annotated[
         str | None, typer.Option(metavar="A,B,C", help="Choose the most probable of these answers.")
+    ] = None,
+    attention: Annotated[
+        Path | None, typer.Option(metavar="OUT.png", help="Draw where the model looked; of one picture only.")
     ] = None,
     model: options.Model = "mini",
     preset: options.Preset = None,
@@ -41,12 +45,16 @@ def ask(
     chosen = options.decoding_options(beams, sample, top_p, temperature, max_new_tokens)
     given = _answer_list(answers, chosen | ({"preset": preset} if preset else {}))
     found = pictures.expand([file])
+    if attention is not None and len(found) != 1:
+        raise UserError(f"--attention draws over one picture, and there are {len(found)}. Give one.")
 
     @cache  # opened once there is a picture to ask about
     def opened() -> Any:
         return open_model(model, "generation", device=device, dtype=dtype, quantize=quantize, quiet=quiet)
 
     def answer(images: list[Any]) -> list[dict[str, Any]]:
+        if attention is not None:
+            _draw_attention(opened(), images[0], question, attention)
         if given is None:
             return [
                 {"question": question, "answer": text}
@@ -56,6 +64,15 @@ def ask(
 
     writer = ResultWriter("answer", as_json=json, is_bare=is_bare(found))
     raise typer.Exit(answer_all(found, answer, writer, batch_size=batch_size, quiet=quiet))
+
+
+def _draw_attention(model: Any, image: Any, question: str, path: Path) -> None:
+    """Saves the picture under the mean of its queries' attention."""
+    from blip2.inference.attention_maps import attention_maps, draw
+    from blip2.preprocessing.images import load_image
+
+    maps = attention_maps(model, model.image_features(image), question)  # (Q, rows, columns)
+    draw(load_image(image), maps.mean(dim=0)).save(path)
 
 
 def _answer_list(answers: str | None, chosen: dict[str, Any]) -> list[str] | None:

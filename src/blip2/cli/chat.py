@@ -1,8 +1,9 @@
 """blip2 chat: a dialogue about a picture, at a terminal or through a pipe.
 
-/image PATH   another picture    /reset   forget what was said    /quit   leave
+/image PATH   another picture    /reset   forget what was said    /save PATH   keep what was said    /quit   leave
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +16,7 @@ from blip2.cli.models import open_model
 from blip2.cli.output import note, printable
 from blip2.errors import UserError
 
-HELP = "Ask about the picture. /image PATH shows another, /reset forgets what was said, /quit leaves."
+HELP = "Ask about the picture. /image PATH shows another, /reset forgets, /save PATH keeps what was said, /quit leaves."
 
 
 def chat(
@@ -61,10 +62,12 @@ class Dialogue:
         self._model = model
         self._chosen = chosen
         self._conversation: Any = None
+        self._picture = ""
 
     def show(self, path: str) -> None:
         """Talk about the picture at `path` from now on; what was said of the last one is forgotten."""
         self._conversation = self._model.chat(path)
+        self._picture = path
 
     def take(self, line: str) -> bool:
         """Obeys a line; false where it was the last."""
@@ -75,6 +78,8 @@ class Dialogue:
             self.show(rest.strip())
         elif command == "/reset":
             self._conversation_or_raise().reset()
+        elif command == "/save":
+            self._save(rest.strip())
         elif command == "/help":
             note(HELP)
         elif command.startswith("/"):
@@ -87,6 +92,26 @@ class Dialogue:
         for piece in self._conversation_or_raise().stream(question, **self._chosen):
             print(printable(piece), end="", flush=True)
         print(flush=True)
+
+        if left_out := self._conversation_or_raise().num_left_out:
+            note(f"The oldest {left_out} turns were left out, for the model cannot read more.")
+
+    def _save(self, path: str) -> None:
+        """The dialogue as JSON where `path` ends so, else as Markdown; a file that is there is not touched."""
+        if not path:
+            raise UserError("Name a file: /save dialogue.md, or dialogue.json")
+        turns = self._conversation_or_raise().history
+        if path.endswith(".json"):
+            rows = [{"question": question, "answer": answer} for question, answer in turns]
+            text = json.dumps({"image": self._picture, "turns": rows}, ensure_ascii=False, indent=1)
+        else:
+            text = "\n\n".join([f"# {self._picture}", *(f"**{asked}**\n\n{said}" for asked, said in turns)])
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(text + "\n")
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+        note(f"Saved {len(turns)} turns to {path}.")
 
     def _conversation_or_raise(self) -> Any:
         if self._conversation is None:

@@ -74,11 +74,13 @@ def read_question(messages: Sequence[Turn], settings: ServerSettings) -> Questio
     system: list[str] = []
     turns: list[tuple[int, str, str]] = []  # picture, question, answer
     asked: tuple[int, str] | None = None
+    latest = 0
     for message in messages:
         if isinstance(message, SystemMessage):
             system.append(_text(message.content))
         elif isinstance(message, UserMessage):
-            asked = _read_turn(message, pictures)
+            number, latest, text = _read_turn(message, pictures, latest)
+            asked = number, text
         elif asked is not None:
             turns.append((*asked, _text(message.content)))
             asked = None
@@ -89,8 +91,11 @@ def read_question(messages: Sequence[Turn], settings: ServerSettings) -> Questio
     return Question(question, (pictures[number - 1], number), history, " ".join(system), texts)
 
 
-def _read_turn(message: UserMessage, pictures: list[str]) -> tuple[int, str]:
-    """Which picture a turn is about and what it says; a new picture is added to `pictures`."""
+def _read_turn(message: UserMessage, pictures: list[str], latest: int) -> tuple[int, int, str]:
+    """Which picture a turn is about, which one is the latest now, and what the turn says.
+
+    A new picture is added to `pictures`; one that is sent again is the one it was.
+    """
     parts = [] if isinstance(message.content, str) else message.content
     new = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
     if len(new) > 1:
@@ -100,10 +105,11 @@ def _read_turn(message: UserMessage, pictures: list[str]) -> tuple[int, str]:
             "Send each in a turn of its own, and name the one you mean: Image 2: what is this?",
             param="messages",
         )
-    pictures += new
+    pictures += [url for url in new if url not in pictures]
     text = _text(message.content)
     named = _NAMED.match(text)
-    number = message.image or (int(named[1]) if named else len(pictures))
+    latest = pictures.index(new[0]) + 1 if new else latest
+    number = message.image or (int(named[1]) if named else latest)
     if not pictures:
         raise Fault(400, "There is no picture in the messages up to this question. Send one first.", param="messages")
     if not 1 <= number <= len(pictures):
@@ -111,7 +117,7 @@ def _read_turn(message: UserMessage, pictures: list[str]) -> tuple[int, str]:
     text = text[named.end() :] if named and not message.image else text
     if not text and not new:
         raise Fault(400, "A message is empty. Ask something, or send a picture for a caption.", param="messages")
-    return number, text
+    return number, latest, text
 
 
 def _text(content: str | Sequence[TextPart | ImagePart]) -> str:
