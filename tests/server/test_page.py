@@ -204,6 +204,7 @@ def test_a_picture_is_sent_once_and_another_in_its_own_turn(open_page: Open):
     # each question shows its picture, and brings it back
     page.locator(".turn").first.get_by_role("button", name="About photo-cat.jpg").click()
     expect(page.locator("#picture-name")).to_have_text("photo-cat.jpg")
+    expect(page.locator("#picture-facts")).to_contain_text("questions are about llama-and-castle.webp")
     third.get_by_role("button", name="About llama-and-castle.webp").click()
     expect(page.locator("#picture-name")).to_have_text("llama-and-castle.webp")
 

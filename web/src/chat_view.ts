@@ -21,11 +21,18 @@ export class ChatView {
   private readonly log = byId("log", HTMLElement);
   private readonly scroll = byId("scroll", HTMLElement);
   private readonly shown = new Map<string, ShownTurn>();
+  private follows = true; // whether the reader stands at the end; one who scrolled back is left there
 
   constructor(
     private readonly actions: TurnActions,
     private readonly canLook: boolean,
-  ) {}
+  ) {
+    document.addEventListener("scroll", () => (this.follows = this.isAtEnd()), { capture: true, passive: true });
+    // the composer grows and takes its room from the conversation
+    new ResizeObserver(() => {
+      if (this.follows && this.scroller() === this.scroll) this.toEnd();
+    }).observe(this.scroll);
+  }
 
   /** A whole conversation at once, which is not news to be read aloud. */
   showAll(turns: readonly Turn[], pictures: ReadonlyMap<string, Picture>): void {
@@ -47,12 +54,11 @@ export class ChatView {
   }
 
   addPiece(turn: Turn, piece: string): void {
-    const isAtEnd = this.isAtEnd();
     const shown = this.shown.get(turn.id);
     if (!shown?.streamed) return;
     shown.article.dataset["state"] = turn.state;
     shown.streamed.appendData(piece);
-    if (isAtEnd) this.toEnd(); // a reader who scrolled back is left there
+    if (this.follows) this.toEnd();
   }
 
   /** Which turn's map is open, so that its button says so. */
@@ -74,6 +80,7 @@ export class ChatView {
   private toEnd(): void {
     const scroller = this.scroller();
     scroller.scrollTop = scroller.scrollHeight;
+    this.follows = true;
   }
 
   /** On a wide page the conversation scrolls for itself, on a phone the whole page does. */

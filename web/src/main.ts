@@ -21,5 +21,5 @@ async function begin(): Promise<void> {
 
 begin().catch((error: unknown) => {
   if (!(error instanceof ServerError)) console.error(error);
-  notify(error instanceof ServerError ? `${error.message} Then load this page anew.` : "The page could not start.");
+  notify("The page could not begin. See whether the server is running, then load the page anew.");
 });

@@ -68,7 +68,12 @@ export class StageView {
     this.image.src = pictureUrl(shown);
     this.image.alt = description;
     byId("picture-name", HTMLElement).textContent = shown.name;
-    const facts = [`${shown.width} × ${shown.height}`, ...(shown.credit ? [shown.credit] : [])];
+    const latest = pictures.at(-1) ?? shown;
+    const facts = [
+      ...(latest === shown ? [] : [`an earlier picture; questions are about ${latest.name}`]),
+      `${shown.width} × ${shown.height}`,
+      ...(shown.credit === "" ? [] : [shown.credit]),
+    ];
     byId("picture-facts", HTMLElement).textContent = facts.join(" · ");
     this.listPictures(shown, pictures);
   }

@@ -579,15 +579,21 @@ function drawLegend() {
 
 // src/chat_view.ts
 var ChatView = class {
+  // whether the reader stands at the end; one who scrolled back is left there
   constructor(actions, canLook) {
     this.actions = actions;
     this.canLook = canLook;
+    document.addEventListener("scroll", () => this.follows = this.isAtEnd(), { capture: true, passive: true });
+    new ResizeObserver(() => {
+      if (this.follows && this.scroller() === this.scroll) this.toEnd();
+    }).observe(this.scroll);
   }
   actions;
   canLook;
   log = byId("log", HTMLElement);
   scroll = byId("scroll", HTMLElement);
   shown = /* @__PURE__ */ new Map();
+  follows = true;
   /** A whole conversation at once, which is not news to be read aloud. */
   showAll(turns, pictures) {
     this.log.setAttribute("aria-live", "off");
@@ -606,12 +612,11 @@ var ChatView = class {
     this.toEnd();
   }
   addPiece(turn, piece) {
-    const isAtEnd = this.isAtEnd();
     const shown = this.shown.get(turn.id);
     if (!shown?.streamed) return;
     shown.article.dataset["state"] = turn.state;
     shown.streamed.appendData(piece);
-    if (isAtEnd) this.toEnd();
+    if (this.follows) this.toEnd();
   }
   /** Which turn's map is open, so that its button says so. */
   markLooked(turnId) {
@@ -629,6 +634,7 @@ var ChatView = class {
   toEnd() {
     const scroller = this.scroller();
     scroller.scrollTop = scroller.scrollHeight;
+    this.follows = true;
   }
   /** On a wide page the conversation scrolls for itself, on a phone the whole page does. */
   scroller() {
@@ -1156,7 +1162,12 @@ var StageView = class {
     this.image.src = pictureUrl(shown);
     this.image.alt = description;
     byId("picture-name", HTMLElement).textContent = shown.name;
-    const facts = [`${shown.width} × ${shown.height}`, ...shown.credit ? [shown.credit] : []];
+    const latest = pictures.at(-1) ?? shown;
+    const facts = [
+      ...latest === shown ? [] : [`an earlier picture; questions are about ${latest.name}`],
+      `${shown.width} × ${shown.height}`,
+      ...shown.credit === "" ? [] : [shown.credit]
+    ];
     byId("picture-facts", HTMLElement).textContent = facts.join(" · ");
     this.listPictures(shown, pictures);
   }
@@ -1657,5 +1668,5 @@ async function begin() {
 }
 begin().catch((error) => {
   if (!(error instanceof ServerError)) console.error(error);
-  notify(error instanceof ServerError ? `${error.message} Then load this page anew.` : "The page could not start.");
+  notify("The page could not begin. See whether the server is running, then load the page anew.");
 });
