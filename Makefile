@@ -29,6 +29,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-all: setup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[serve,train,dev,clients]'
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 lint: setup

@@ -26,25 +26,13 @@ PICTURES = ROOT / "examples" / "pictures"
 ANSWER_MS = 60_000  # the mini model on a busy machine of two cores
 CHAT = "**/v1/chat/completions"
 
-# Holds each event of a streamed answer back, so that a test can act while the answer is being written.
-SLOW_STREAM = """
-const quick = window.fetch;
-window.fetch = async (...request) => {
-  const response = await quick(...request);
-  if (!(response.headers.get("content-type") || "").startsWith("text/event-stream")) return response;
-  let unread = "";
-  const held = new TransformStream({
-    async transform(piece, out) {
-      unread += new TextDecoder().decode(piece);
-      const events = unread.split("\\n\\n");
-      unread = events.pop();
-      for (const event of events) {
-        await new Promise((wake) => setTimeout(wake, 400));
-        out.enqueue(new TextEncoder().encode(event + "\\n\\n"));
-      }
-    },
-  });
-  return new Response(response.body.pipeThrough(held), { status: response.status, headers: response.headers });
+# Asks for long answers, so that a test can act while one is being written: the mini model says a word or two.
+LONG_ANSWERS = """
+const send = window.fetch;
+window.fetch = (address, request) => {
+  if (!String(request?.body).includes('"stream":true')) return send(address, request);
+  const body = { ...JSON.parse(request.body), min_tokens: 150, max_tokens: 150 };
+  return send(address, { ...request, body: JSON.stringify(body) });
 };
 """
 
@@ -70,12 +58,12 @@ def watched_pages(browser: Any, server_url: str) -> Iterator[Open]:
     contexts, complaints, foreign = [], [], []
 
     def open_it(
-        width: int = 1280, height: int = 800, slow: bool = False, refusals: tuple[int, ...] = (), **options: Any
+        width: int = 1280, height: int = 800, long: bool = False, refusals: tuple[int, ...] = (), **options: Any
     ):
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
-        if slow:
-            context.add_init_script(SLOW_STREAM)
+        if long:
+            context.add_init_script(LONG_ANSWERS)
         page = context.new_page()
         page.set_default_timeout(15_000)
 

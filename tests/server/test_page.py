@@ -101,7 +101,7 @@ def test_a_large_picture_is_sent_small_and_upright(open_page: Open):
 
 @pytest.mark.slow
 def test_an_answer_streams_stops_and_the_conversation_goes_on(open_page: Open):
-    page = open_page(slow=True)
+    page = open_page(long=True)
     choose_example(page)
     ask(page, "What is in the picture?")
     turn = page.locator(".turn").first
@@ -120,7 +120,7 @@ def test_an_answer_streams_stops_and_the_conversation_goes_on(open_page: Open):
 
 @pytest.mark.slow
 def test_the_stop_button_stops_and_the_turn_can_be_tried_again(open_page: Open):
-    page = open_page(slow=True)
+    page = open_page(long=True)
     choose_example(page)
     ask(page, "What is in the picture?")
     page.get_by_role("button", name="Stop").click()
@@ -132,7 +132,7 @@ def test_the_stop_button_stops_and_the_turn_can_be_tried_again(open_page: Open):
 
 @pytest.mark.slow
 def test_beginning_anew_ends_what_is_being_answered(open_page: Open):
-    page = open_page(slow=True)
+    page = open_page(long=True)
     choose_example(page)
     ask(page, "What is in the picture?")
     page.get_by_role("button", name="New conversation").click()

@@ -37,7 +37,7 @@ def open_page(browser: Any, server_url: str) -> Iterator[Open]:
 
 @pytest.mark.slow
 def test_everything_can_be_done_by_keyboard(open_page: Open):
-    page = open_page(slow=True)
+    page = open_page(long=True)
     for _ in range(12):
         page.keyboard.press("Tab")
         if page.evaluate("document.activeElement.classList.contains('example')"):
@@ -119,7 +119,7 @@ def test_axe_finds_nothing_serious(open_page: Open, scheme: str, width: int):
 def test_the_page_is_light_or_dark_as_the_system_is_and_still_where_it_shall_be(open_page: Open):
     grounds = {}
     for scheme in ("light", "dark"):
-        page = open_page(color_scheme=scheme, reduced_motion="reduce", slow=True)
+        page = open_page(color_scheme=scheme, reduced_motion="reduce", long=True)
         grounds[scheme] = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
     levels = {scheme: sum(map(int, re.findall(r"\d+", ground)[:3])) for scheme, ground in grounds.items()}
     assert levels["light"] > 600 and levels["dark"] < 150

@@ -26,11 +26,13 @@ class Asked:
         prompt: what the language model continues.
         num_tokens: of the prompt and the visual prompt before it.
         num_left_out: how many of the oldest turns had to be left out.
+        stop: what ends the answer besides the model's own end; "" for nothing.
     """
 
     prompt: str
     num_tokens: int
     num_left_out: int
+    stop: str
 
 
 def fit_dialogue(
@@ -58,11 +60,20 @@ def fit_dialogue(
             prompt = f"{system.strip()} {prompt}"
         num_tokens = generator.tokenizer.encode_prompts([prompt]).input_ids.shape[1]
         if room is None or num_tokens <= room:
-            return Asked(prompt, num_tokens + generator.model.config.num_query_tokens, num_left_out)
+            num_tokens += generator.model.config.num_query_tokens
+            return Asked(prompt, num_tokens, num_left_out, _stop(history[num_left_out:], template))
     raise UserError(
         f"The question is {num_tokens} tokens long; beside an answer of {max_new_tokens} there is room for "
         f"{max(0, room or 0)}. Shorten it, or ask for a shorter answer."
     )
+
+
+def _stop(history: Turns, template: str) -> str:
+    """A dialogue's turns stand on one line, so a new line is past the answer; the original ends OPT's answers so.
+
+    A first question is asked as `Blip2.ask` asks it. Bare instructions ("{}") may be answered in several lines.
+    """
+    return "\n" if history and template.strip() != "{}" else ""
 
 
 class Conversation:
@@ -90,9 +101,10 @@ class Conversation:
     def ask(self, question: str, **options: Unpack[DecodingOptions]) -> str:
         """The answer to `question`, given what was said before; it joins the history."""
         decoding = make_decoding(options)
-        (answer,) = self._generator.speak(
-            self._image_features, [self._prompt(question, decoding)], [question], decoding
-        )
+        asked = self._fit(question, decoding)
+        (answer,) = self._generator.speak(self._image_features, [asked.prompt], [question], decoding)
+        if asked.stop:
+            answer = answer.split(asked.stop)[0].rstrip()
         self.history.append((question, answer))
         return answer
 
@@ -100,18 +112,21 @@ class Conversation:
         """The same answer piece by piece; it joins the history once it is whole."""
         pieces = []
         decoding = make_streamable(options)
-        prompt = self._prompt(question, decoding)
-        for piece in self._generator.stream(self._image_features, prompt, question, decoding):
-            pieces.append(piece)
-            yield piece
+        asked = self._fit(question, decoding)
+        for piece in self._generator.stream(self._image_features, asked.prompt, question, decoding):
+            told = piece.split(asked.stop)[0] if asked.stop else piece
+            pieces.append(told if told == piece else told.rstrip())
+            yield pieces[-1]
+            if told != piece:
+                break
         self.history.append((question, "".join(pieces)))
 
     def reset(self) -> None:
         """Forget all turns; the picture stays."""
         self.history.clear()
 
-    def _prompt(self, question: str, decoding: Decoding) -> str:
+    def _fit(self, question: str, decoding: Decoding) -> Asked:
         room = decoding.max_new_tokens
         asked = fit_dialogue(self._generator, self.history, question, self._template, max_new_tokens=room)
         self.num_left_out = asked.num_left_out
-        return asked.prompt
+        return asked

@@ -51,6 +51,7 @@ class Prepared:
         prompt: what the language model continues.
         instruction: what an instruction-aware Q-Former is told.
         num_tokens: of the prompt and the visual prompt.
+        stop: what ends the answer besides the model's own end and the request's; "" for nothing.
         warnings: what the caller should know, such as that old turns were left out.
     """
 
@@ -58,6 +59,7 @@ class Prepared:
     prompt: str
     instruction: str
     num_tokens: int
+    stop: str = ""
     warnings: list[str] = field(default_factory=list)
 
 
@@ -167,4 +169,4 @@ def prepare(
     if asked.num_left_out:
         turns = "turn was" if asked.num_left_out == 1 else f"{asked.num_left_out} turns were"
         warnings.append(f"The oldest {turns} left out, for the model cannot read more.")
-    return Prepared(image, asked.prompt, question.text, asked.num_tokens, warnings)
+    return Prepared(image, asked.prompt, question.text, asked.num_tokens, asked.stop, warnings)

@@ -78,6 +78,7 @@ class Chat:
             )
 
         prepared = self._prepared = await self.service.in_reader(read)
+        self._stops += [prepared.stop] if prepared.stop else []
         for _ in range(self.body.n or 1):
             text = WrittenText(
                 lambda deliver: self.service.engine.submit(
