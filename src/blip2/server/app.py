@@ -44,7 +44,7 @@ def create_app(model: Blip2, settings: ServerSettings) -> tuple[ASGIApp, Service
 
     @app.get("/openapi.json", **documented(None, "This document"))
     async def openapi() -> Response:
-        return JSONResponse(document(app, has_keys=bool(settings.api_keys)))
+        return JSONResponse(document(app, model=settings.name, has_keys=bool(settings.api_keys)))
 
     add_page(app, service)
     answer_faults(app)

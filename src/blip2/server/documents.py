@@ -42,7 +42,7 @@ STATUSES = {
 
 def documented(schema: type[BaseModel] | None, title: str, answer: str = "application/json") -> dict[str, Any]:
     """Arguments of a route's decorator: its title, its body, its answers."""
-    statuses = STATUSES if schema is not None else {status: STATUSES[status] for status in (401, 403, 429)}
+    statuses = STATUSES if schema is not None else {status: STATUSES[status] for status in (401, 403, 404, 429)}
     refused = {"application/json": {"schema": {"$ref": _PLACE.format(model="Error")}}}
     responses: dict[int | str, Any] = {
         status: {"description": text, "content": refused} for status, text in statuses.items()
@@ -55,13 +55,17 @@ def documented(schema: type[BaseModel] | None, title: str, answer: str = "applic
     return {"summary": title, "responses": responses, "openapi_extra": {"requestBody": body}}
 
 
-def document(app: FastAPI, *, has_keys: bool) -> dict[str, Any]:
-    """The document of the app's routes."""
+def document(app: FastAPI, *, model: str, has_keys: bool) -> dict[str, Any]:
+    """The document of the app's routes, for a server of `model`."""
     found = get_openapi(title="blip2", version=__version__, routes=app.routes)
     schemas: dict[str, Any] = {"Error": _ERROR}
     for body in BODIES:
         whole = body.model_json_schema(ref_template=_PLACE)
+        whole["properties"]["model"] = {"type": "string", "enum": [model]}
         schemas |= whole.pop("$defs", {}) | {body.__name__: whole}
+    for methods in found["paths"].values():
+        for route in methods.values():
+            route["responses"].pop("422", None)  # what the framework would answer; faults are 400 here
     found.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
     if has_keys:
         found["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
