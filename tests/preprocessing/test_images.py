@@ -85,6 +85,20 @@ def test_pictures_are_turned_upright_by_their_exif_orientation(orientation):
     assert np.array_equal(np.asarray(loaded), np.asarray(upright))
 
 
+def jpeg_of_scans(count, *, width=16):
+    """A progressive JPEG, its last scan repeated."""
+    data = encode(Image.new("L", (width, width), 90), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (count - data.count(b"\xff\xda") + 1) + data[-2:]
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_for_each_walks_over_all_pixels():
+    with pytest.raises(BadImage, match=r"the given bytes is a JPEG of more than 100 scans"):
+        load_image(jpeg_of_scans(101))
+    followed_by_a_film = jpeg_of_scans(100) + b"\xff\xda\0\2" * 1000
+    assert load_image(followed_by_a_film).size == (16, 16)
+
+
 def test_a_broken_exif_block_does_not_cost_the_picture():
     data = encode(Image.new("RGB", (4, 4), RED), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xffgarbage")
     assert load_image(data).size == (4, 4)
