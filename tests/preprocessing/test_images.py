@@ -83,6 +83,8 @@ def test_pictures_are_turned_upright_by_their_exif_orientation(orientation):
     exif[0x0112] = orientation
     loaded = load_image(encode(stored, "PNG", exif=exif))
     assert np.array_equal(np.asarray(loaded), np.asarray(upright))
+    again = load_image(loaded)  # as whoever is given a loaded picture does
+    assert np.array_equal(np.asarray(again), np.asarray(upright))
 
 
 def jpeg_of_scans(count, *, width=16):

@@ -138,7 +138,9 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         rgb = _over_white(image)
     except Exception:  # as above
         raise BadImage(f"{name} is broken or cut short and cannot be decoded.") from None
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    upright = rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    upright.info = {}  # PIL's copies keep the EXIF block: who loads this picture once more would turn it once more
+    return upright
 
 
 def _orientation(image: Image.Image) -> int:
