@@ -200,6 +200,15 @@ def test_what_is_too_much_is_refused(hostile_server, name):
     assert len(found["error"]["message"]) < 400
 
 
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/score"])
+def test_many_long_texts_are_refused_before_they_are_tokenised(hostile_server, path):
+    field = "input" if path == "/v1/embeddings" else "text_1"
+    more = {} if field == "input" else {"text_2": {"content": [picture(PNG)]}}
+    for texts in (["a"] * 257, ["a " * 2000] * 5, ["", "a"], [], ["a"] * 5000):
+        status, found = hostile_server.ask({"model": "mini", field: texts} | more, path)
+        assert status == 400, (len(texts), found)
+
+
 # -- what is no request -------------------------------------------------------------------------------------------
 RAW = {
     "nothing": b"",
