@@ -5,11 +5,12 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import anyio
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from blip2.errors import Busy
 from blip2.inference.blip2 import Blip2
@@ -46,7 +47,7 @@ class Service:
         self.is_ready = True
         self._num_admitted = 0
         self._ended: deque[float] = deque(maxlen=64)  # when the last answers were whole
-        self._readers: anyio.CapacityLimiter | None = None
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="blip2 reader")
         self.metrics.show("blip2_waiting", "Texts the model has not begun with", lambda: self.engine.num_waiting)
         self.metrics.show("blip2_writing", "Texts that are being written", lambda: self.engine.num_writing)
         self.metrics.show("blip2_admitted", "Requests that are answered or wait", lambda: self._num_admitted)
@@ -78,14 +79,24 @@ class Service:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Fault(415, "The body must be JSON, with the header Content-Type: application/json.")
-        body = await request.body()
-        return await self.in_reader(lambda: _parse(body, schema))
+        try:
+            body = b"".join([piece async for piece in request.stream()])  # request.body() would keep it
+        except ClientDisconnect:
+            raise Fault(499, "The client left.") from None
+        return await unless_gone(request, self.in_reader(lambda: _parse(body, schema)))
 
     async def in_reader(self, work: Callable[[], Result]) -> Result:
-        """Does what reads (JSON, pictures, tokens) off the event loop, a few at a time."""
-        if self._readers is None:
-            self._readers = anyio.CapacityLimiter(NUM_READERS)
-        return await anyio.to_thread.run_sync(work, limiter=self._readers, abandon_on_cancel=False)
+        """Does what reads (JSON, pictures, tokens) off the event loop, a few at a time.
+
+        Who leaves meanwhile makes no room for another: what has begun keeps its thread to its end.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+
+    def close(self) -> None:
+        """Ends the threads; what is being written is cancelled."""
+        self.is_ready = False
+        self.engine.close(finish=False)
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
     async def with_model(self, work: Callable[[], Result]) -> Result:
         """Does what takes the model in the engine's thread, between two words of others."""
