@@ -83,6 +83,22 @@ def test_pictures_are_turned_upright_by_their_exif_orientation(orientation):
     exif[0x0112] = orientation
     loaded = load_image(encode(stored, "PNG", exif=exif))
     assert np.array_equal(np.asarray(loaded), np.asarray(upright))
+    again = load_image(loaded)  # as whoever is given a loaded picture does
+    assert np.array_equal(np.asarray(again), np.asarray(upright))
+
+
+def jpeg_of_scans(count, *, width=16):
+    """A progressive JPEG, its last scan repeated."""
+    data = encode(Image.new("L", (width, width), 90), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (count - data.count(b"\xff\xda") + 1) + data[-2:]
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_for_each_walks_over_all_pixels():
+    with pytest.raises(BadImage, match=r"the given bytes is a JPEG of more than 100 scans"):
+        load_image(jpeg_of_scans(101))
+    followed_by_a_film = jpeg_of_scans(100) + b"\xff\xda\0\2" * 1000
+    assert load_image(followed_by_a_film).size == (16, 16)
 
 
 def test_a_broken_exif_block_does_not_cost_the_picture():

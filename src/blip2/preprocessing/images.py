@@ -9,6 +9,7 @@ refusal names the file and never repeats the decoder's own words.
 
 import io
 import math
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ from blip2.errors import BadImage, MissingFile
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 40_000_000  # 120 MB as RGB; a 24 megapixel photograph passes
 MAX_FILE_BYTES = 200_000_000
+MAX_SCANS = 100  # of a JPEG; encoders write about ten, and each may walk over every pixel for sixty bytes of file
 ImageSource = str | Path | bytes | Image.Image | np.ndarray
 
+_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd7\xff])")  # of those with a length, and the beginning and the end
+_SCAN, _END = b"\xda", b"\xd9"
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF orientation -> what makes it upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -94,11 +98,24 @@ def _open(data: bytes, name: str) -> Image.Image:
         warnings.simplefilter("ignore", UserWarning)  # of corrupt EXIF
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise BadImage(f"{name} declares more pixels than can be decoded safely. Save it smaller.") from None
         except Exception:  # decoders raise anything on hostile bytes, and their words hold addresses
             raise BadImage(f"{name} is not a picture that can be read ({', '.join(FORMATS)} can).") from None
+    if image.format in ("JPEG", "MPO") and _num_scans(data) > MAX_SCANS:
+        raise BadImage(f"{name} is a JPEG of more than {MAX_SCANS} scans. Save it as an ordinary one.")
+    return image
+
+
+def _num_scans(data: bytes) -> int:
+    """How many scans a JPEG has up to its end, or one more than MAX_SCANS. What comes after the end is not read."""
+    place = count = 0
+    while count <= MAX_SCANS and (marker := _MARKER.search(data, place)) and marker[1] != _END:
+        count += marker[1] == _SCAN
+        is_beginning = marker[1] == b"\xd8"  # has no length
+        place = marker.end() + (0 if is_beginning else int.from_bytes(data[marker.end() : marker.end() + 2]))
+    return count
 
 
 def _check_size(size: tuple[int, int], name: str, max_pixels: int) -> None:
@@ -121,7 +138,9 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         rgb = _over_white(image)
     except Exception:  # as above
         raise BadImage(f"{name} is broken or cut short and cannot be decoded.") from None
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    upright = rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    upright.info = {}  # PIL's copies keep the EXIF block: who loads this picture once more would turn it once more
+    return upright
 
 
 def _orientation(image: Image.Image) -> int:

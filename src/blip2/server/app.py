@@ -1,9 +1,9 @@
 """The server as an ASGI application: a model, its engine, the routes, and the gate before them."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-import anyio
 from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp
@@ -33,8 +33,7 @@ def create_app(model: Blip2, settings: ServerSettings) -> tuple[ASGIApp, Service
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        service.is_ready = False
-        await anyio.to_thread.run_sync(lambda: service.engine.close(finish=False))
+        await asyncio.to_thread(service.close)
 
     # No pages of documentation: they would load scripts from elsewhere.
     app = FastAPI(lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)

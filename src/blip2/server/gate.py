@@ -95,7 +95,10 @@ class Gate:
         return True
 
     def _is_own(self, origin: str, host: str) -> bool:
-        parts = urlsplit(origin)
+        try:
+            parts = urlsplit(origin)
+        except ValueError:  # such as http://[
+            return False
         return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
 
     def _allowed_origin(self, headers: Headers) -> str | None:

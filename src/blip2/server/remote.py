@@ -5,11 +5,13 @@ Names are resolved once; the connection goes to the checked address and to no ot
 between (DNS rebinding) gains nothing. Only https on port 443; no credentials, no proxies, no cookies.
 """
 
+import contextlib
 import http.client
 import ipaddress
 import re
 import socket
 import ssl
+import threading
 from collections.abc import Sequence
 
 from blip2.server.faults import Fault
@@ -18,6 +20,18 @@ SECONDS = 10.0
 MOST_REDIRECTS = 3
 # what may stand in an address: no backslash, no user, no port, no control character; the host in lower-case ASCII
 _ADDRESS = re.compile(r"https://(?P<host>[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?)(?P<path>/[!-\[\]-~]*)?")
+_GIVEN_OUT = ipaddress.ip_network("2000::/3")  # the IPv6 addresses of the internet
+_NOT_PUBLIC = [
+    ipaddress.ip_network(text)
+    for text in (
+        "192.0.0.0/24",  # protocols; a cloud's metadata
+        "192.88.99.0/24",  # relays of 6to4
+        "168.63.129.16/32",  # a cloud's host, which answers its guests
+        "2001::/23",  # protocols, Teredo
+        "2002::/16",  # 6to4
+        "3fff::/20",  # documentation
+    )
+]
 _REFUSED = "Pictures are not fetched from this address. Send the picture itself as a data URI."
 
 
@@ -57,17 +71,22 @@ def public_address(host: str) -> tuple[socket.AddressFamily, str]:
 
 def _is_public(text: str) -> bool:
     address = ipaddress.ip_address(text.split("%")[0])
-    if isinstance(address, ipaddress.IPv6Address):
-        inner = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
-        if inner is not None:
-            return inner.is_global and not inner.is_multicast
-        if address in ipaddress.ip_network("64:ff9b::/96"):  # IPv4 behind a translator
-            return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    if isinstance(address, ipaddress.IPv6Address) and address not in _GIVEN_OUT:
+        return False  # site-local, IPv4-compatible, translators of IPv4: Python calls some of them global
+    if any(address in network for network in _NOT_PUBLIC if network.version == address.version):
+        return False
     return address.is_global and not address.is_multicast
 
 
 class _Checked(http.client.HTTPSConnection):
-    """A connection to the address that was checked, with the certificate of the name."""
+    """A connection to the address that was checked, with the certificate of the name; cut off after SECONDS."""
+
+    def __init__(self, host: str) -> None:
+        super().__init__(host, timeout=SECONDS)
+        self._end: threading.Timer | None = None
+        self._twin: socket.socket | None = None  # what the timer closes, whoever reads meanwhile
 
     def connect(self) -> None:
         family, address = public_address(self.host)
@@ -75,15 +94,37 @@ class _Checked(http.client.HTTPSConnection):
         plain.settimeout(SECONDS)
         try:
             plain.connect((address, 443))
+            # A time-out is of one read, and an answer may come byte by byte: the whole has its time as well.
+            self._twin = plain.dup()
+            self._end = threading.Timer(SECONDS, _hang_up, [self._twin])
+            self._end.daemon = True
+            self._end.start()
             self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
         except BaseException:
             plain.close()
             raise
 
+    def finish(self) -> None:
+        """Closes it; OSError where it was cut off before, for what was read then is not the whole."""
+        self.close()
+        if self._end is None or self._twin is None:
+            return
+        was_cut_off = self._end.finished.is_set()
+        self._end.cancel()
+        self._twin.close()
+        if was_cut_off:
+            raise OSError("too slow")
+
+
+def _hang_up(twin: socket.socket) -> None:
+    """Ends a connection whoever reads from it."""
+    with contextlib.suppress(OSError):
+        twin.shutdown(socket.SHUT_RDWR)
+
 
 def _get(host: str, path: str, max_bytes: int) -> bytes | str:
     """The answer's body, or where it sends us."""
-    connection = _Checked(host, timeout=SECONDS)
+    connection = _Checked(host)
     try:
         connection.request("GET", path, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
         answer = connection.getresponse()
@@ -94,7 +135,7 @@ def _get(host: str, path: str, max_bytes: int) -> bytes | str:
             raise OSError("no picture there")
         data = answer.read(max_bytes + 1)
     finally:
-        connection.close()
+        connection.finish()
     if len(data) > max_bytes:
         raise OSError("too large")
     return data

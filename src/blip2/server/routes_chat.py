@@ -37,6 +37,7 @@ def chat_routes(service: Service) -> APIRouter:
             body = await service.read(request, ChatRequest)
             service.check_model(body.model)
             chat = Chat(service, body)
+            place.callback(chat.cancel)  # whatever happens: texts that nobody gets are not written to their end
             await unless_gone(request, chat.start())
             if body.stream:
                 return _Stream(chat, place.pop_all())
@@ -59,8 +60,9 @@ class Chat:
         }
         self._stops = [body.stop] if isinstance(body.stop, str) else [stop for stop in body.stop or []]
         self._begin = time.perf_counter()
-        self._texts: list[WrittenText] = []
-        self._prepared: Prepared | None = None
+        self._texts = [WrittenText() for _ in range(body.n or 1)]
+        self._num_read = 0
+        self._notes: list[str] = []
 
     async def start(self) -> None:
         """Reads the conversation and gives it to the engine."""
@@ -68,25 +70,24 @@ class Chat:
         decoding = self._decoding(question)
         model = self.service.model
 
-        def read() -> Prepared:
-            return prepare(
+        def submit() -> Prepared:  # in one go: nobody waits between the two with a decoded picture in his hands
+            settings = self.service.settings
+            prepared = prepare(
                 question,
                 model.generator,
                 model.settings.prompts,
-                self.service.settings,
+                settings,
                 max_new_tokens=decoding.max_new_tokens,
             )
+            engine, asked = self.service.engine, (prepared.image, prepared.prompt, prepared.instruction)
+            for text in self._texts:
+                text.start(lambda deliver: engine.submit(*asked, decoding=decoding, deliver=deliver))
+            return prepared
 
-        prepared = self._prepared = await self.service.in_reader(read)
+        prepared = await self.service.in_reader(submit)
         self._stops += [prepared.stop] if prepared.stop else []
-        for _ in range(self.body.n or 1):
-            text = WrittenText(
-                lambda deliver: self.service.engine.submit(
-                    prepared.image, prepared.prompt, prepared.instruction, decoding=decoding, deliver=deliver
-                )
-            )
-            self._texts.append(text)
-            await self.service.in_reader(text.start)
+        self._num_read, self._notes = prepared.num_tokens, prepared.warnings
+        self.body.messages.clear()  # the pictures are not needed while the answer is written
 
     def cancel(self) -> None:
         """Nobody waits for the answer any more."""
@@ -186,14 +187,13 @@ class Chat:
         return self._head | {"choices": [choice]}
 
     def _usage(self) -> dict[str, int]:
-        assert self._prepared is not None
-        read, written = self._prepared.num_tokens, sum(text.num_tokens for text in self._texts)
+        read, written = self._num_read, sum(text.num_tokens for text in self._texts)
         self.service.metrics.tokens.labels("read").inc(read)
         self.service.metrics.tokens.labels("written").inc(written)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     def _warnings(self) -> dict[str, list[str]]:
-        warnings = list(self._prepared.warnings) if self._prepared is not None else []
+        warnings = list(self._notes)
         if self.body.seed is not None and self._is_by_chance:
             warnings.append("seed has no effect: requests share the model's steps, and so its chance.")
         return {"warnings": warnings} if warnings else {}
@@ -204,20 +204,16 @@ class Chat:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events; the chat's place is given back and its texts are stopped when the connection ends."""
+    """Server-sent events; `place`, what is to be done when the connection ends, is closed then."""
 
     def __init__(self, chat: Chat, place: ExitStack) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(_framed(chat), media_type="text/event-stream", headers=headers)
-        self._chat = chat
         self._place = place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._place:
-            try:
-                await super().__call__(scope, receive, send)
-            finally:
-                self._chat.cancel()
+            await super().__call__(scope, receive, send)
 
 
 async def _framed(chat: Chat) -> AsyncIterator[bytes]:

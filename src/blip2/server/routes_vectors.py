@@ -44,7 +44,7 @@ async def _embed(service: Service, body: EmbeddingRequest) -> dict[str, Any]:
     if (body.input is None) == (body.messages is None):
         raise Fault(400, "Give either input, texts, or messages, a picture.", param="input")
     if body.input is not None:
-        texts = _texts(body.input, "input")
+        texts = _texts(service, body.input, "input")
         vectors = await service.with_model(lambda: service.model.embed_texts(texts))  # (B, E)
         num_tokens = await service.in_reader(lambda: _num_tokens(service, texts))
     else:
@@ -63,7 +63,7 @@ async def _embed(service: Service, body: EmbeddingRequest) -> dict[str, Any]:
 
 async def _score(service: Service, body: ScoreRequest) -> dict[str, Any]:
     _ = service.model.retriever
-    texts = _texts(body.text_1, "text_1")
+    texts = _texts(service, body.text_1, "text_1")
     url = body.text_2.content[0].image_url.url
     image = await service.in_reader(lambda: read_picture(url, service.settings, number=1))
     matches = await service.with_model(lambda: service.model.match(image, texts))
@@ -71,10 +71,13 @@ async def _score(service: Service, body: ScoreRequest) -> dict[str, Any]:
     return {"object": "list", "data": data, "model": service.settings.name}
 
 
-def _texts(given: str | Sequence[str], param: str) -> list[str]:
+def _texts(service: Service, given: str | Sequence[str], param: str) -> list[str]:
     texts = [given] if isinstance(given, str) else list(given)
     if len(texts) > MOST_TEXTS:
         raise Fault(400, f"There are {len(texts)} texts; at most {MOST_TEXTS} are taken at once.", param=param)
+    most = service.settings.limits.text_characters
+    if sum(map(len, texts)) > most:
+        raise Fault(400, f"The texts have more than {most} characters.", param=param)
     if not all(text.strip() for text in texts):
         raise Fault(400, "One of the texts is empty.", param=param)
     return texts

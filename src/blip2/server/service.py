@@ -5,11 +5,12 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-import anyio
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect
 
 from blip2.errors import Busy
 from blip2.inference.blip2 import Blip2
@@ -18,6 +19,7 @@ from blip2.server.faults import Fault, fault_of
 from blip2.server.metrics import Metrics
 from blip2.server.settings import ServerSettings
 
+MOST_COMMAS = 20_000  # in a body: of pydantic's errors one may come of each, a kilobyte long and 10 us of all threads
 NUM_READERS = 2  # threads that decode pictures and tokenise, beside the model's own
 Schema = TypeVar("Schema", bound=BaseModel)
 Result = TypeVar("Result")
@@ -45,7 +47,7 @@ class Service:
         self.is_ready = True
         self._num_admitted = 0
         self._ended: deque[float] = deque(maxlen=64)  # when the last answers were whole
-        self._readers: anyio.CapacityLimiter | None = None
+        self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="blip2 reader")
         self.metrics.show("blip2_waiting", "Texts the model has not begun with", lambda: self.engine.num_waiting)
         self.metrics.show("blip2_writing", "Texts that are being written", lambda: self.engine.num_writing)
         self.metrics.show("blip2_admitted", "Requests that are answered or wait", lambda: self._num_admitted)
@@ -77,14 +79,24 @@ class Service:
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise Fault(415, "The body must be JSON, with the header Content-Type: application/json.")
-        body = await request.body()
-        return await self.in_reader(lambda: _parse(body, schema))
+        try:
+            body = b"".join([piece async for piece in request.stream()])  # request.body() would keep it
+        except ClientDisconnect:
+            raise Fault(499, "The client left.") from None
+        return await unless_gone(request, self.in_reader(lambda: _parse(body, schema)))
 
     async def in_reader(self, work: Callable[[], Result]) -> Result:
-        """Does what reads (JSON, pictures, tokens) off the event loop, a few at a time."""
-        if self._readers is None:
-            self._readers = anyio.CapacityLimiter(NUM_READERS)
-        return await anyio.to_thread.run_sync(work, limiter=self._readers, abandon_on_cancel=False)
+        """Does what reads (JSON, pictures, tokens) off the event loop, a few at a time.
+
+        Who leaves meanwhile makes no room for another: what has begun keeps its thread to its end.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work)
+
+    def close(self) -> None:
+        """Ends the threads; what is being written is cancelled."""
+        self.is_ready = False
+        self.engine.close(finish=False)
+        self._readers.shutdown(wait=False, cancel_futures=True)
 
     async def with_model(self, work: Callable[[], Result]) -> Result:
         """Does what takes the model in the engine's thread, between two words of others."""
@@ -98,10 +110,13 @@ class Service:
 
 
 def _parse(body: bytes, schema: type[Schema]) -> Schema:
+    if body.count(b",") > MOST_COMMAS:
+        raise Fault(400, "The body holds too many fields, items or commas.")
     try:
         return schema.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        found = error.errors(include_url=False, include_input=False, include_context=False)
+        first = max(found, key=lambda one: len(one["loc"]))  # of a union's branches the one that fits best
         place = ".".join(str(step) for step in first["loc"] if not _is_internal(step))
         what = "is not a field of this request" if first["type"] == "extra_forbidden" else first["msg"]
         message = f"{place}: {what}" if place else f"The body is no JSON that can be read: {_short(what)}"
@@ -110,7 +125,7 @@ def _parse(body: bytes, schema: type[Schema]) -> Schema:
 
 def _is_internal(step: Any) -> bool:
     """Whether a step of a place is pydantic's name for a branch of a union, which nobody wrote."""
-    return isinstance(step, str) and ("[" in step or step in {"str", "TextPart", "ImagePart"})
+    return isinstance(step, str) and ("[" in step or step in {"str", "constrained-str"})
 
 
 def _short(text: str) -> str:

@@ -18,21 +18,25 @@ class WrittenText:
         num_tokens: how many were written.
     """
 
-    def __init__(self, submit: Callable[[Delivery], Reply]) -> None:
-        """Takes what submits a request to the engine, told where the pieces go; `start` calls it in another thread."""
+    def __init__(self) -> None:
+        """Made in the event loop; `start` is called in another thread."""
         self.finish_reason: FinishReason = "stop"
-        self._submit = submit
         self._loop = asyncio.get_running_loop()
         self._queue: asyncio.Queue[str | BaseException | None] = asyncio.Queue()
         self._reply: Reply | None = None
+        self._is_cancelled = False
 
-    def start(self) -> None:
-        """Submits the request; raises what the engine raises."""
+    def start(self, submit: Callable[[Delivery], Reply]) -> None:
+        """Submits a request to the engine, told where the pieces go; raises what it raises. Not after `cancel`."""
+        if self._is_cancelled:
+            return
 
         def deliver(piece: str | BaseException | None) -> None:
             self._loop.call_soon_threadsafe(self._queue.put_nowait, piece)
 
-        self._reply = self._submit(deliver)
+        self._reply = submit(deliver)
+        if self._is_cancelled:  # in the meantime
+            self._reply.cancel()
 
     @property
     def num_tokens(self) -> int:
@@ -41,6 +45,7 @@ class WrittenText:
 
     def cancel(self) -> None:
         """Nobody waits any more."""
+        self._is_cancelled = True
         if self._reply is not None:
             self._reply.cancel()
 
