@@ -14,8 +14,6 @@ from blip2.server.pictures import read_picture
 from blip2.server.schemas import EmbeddingRequest, ImagePart, Messages, ScoreRequest
 from blip2.server.service import Service, unless_gone
 
-MOST_TEXTS = 256  # in one request
-
 
 def vector_routes(service: Service) -> APIRouter:
     """The routes of the retrieval part."""
@@ -73,8 +71,6 @@ async def _score(service: Service, body: ScoreRequest) -> dict[str, Any]:
 
 def _texts(service: Service, given: str | Sequence[str], param: str) -> list[str]:
     texts = [given] if isinstance(given, str) else list(given)
-    if len(texts) > MOST_TEXTS:
-        raise Fault(400, f"There are {len(texts)} texts; at most {MOST_TEXTS} are taken at once.", param=param)
     most = service.settings.limits.text_characters
     if sum(map(len, texts)) > most:
         raise Fault(400, f"The texts have more than {most} characters.", param=param)

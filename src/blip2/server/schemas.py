@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 Text = Annotated[str, StringConstraints(max_length=100_000)]
+ComparedText = Annotated[str, StringConstraints(max_length=8_192)]  # the Q-Former reads a sentence or two
+ComparedTexts = Annotated[list[ComparedText], Field(min_length=1, max_length=256)]
 ShortText = Annotated[str, StringConstraints(max_length=512)]
 Nothing = Literal[None]
 
@@ -150,7 +152,7 @@ class EmbeddingRequest(Strict):
     """POST /v1/embeddings: of texts (`input`), or of a picture (`messages`, one user message, as vLLM takes it)."""
 
     model: ShortText
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)] | None = None
+    input: ComparedText | ComparedTexts | None = None
     messages: Messages | None = None
     encoding_format: Literal["float", "base64"] | None = None
     user: ShortText | None = None
@@ -166,6 +168,6 @@ class ScoreRequest(Strict):
     """POST /v1/score: how well each text of `text_1` fits the picture `text_2`."""
 
     model: ShortText
-    text_1: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+    text_1: ComparedText | ComparedTexts
     text_2: ScoredContent
     user: ShortText | None = None
