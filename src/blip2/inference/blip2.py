@@ -68,6 +68,11 @@ class Blip2:
         self._generator = generator
 
     @property
+    def can_match(self) -> bool:
+        """Whether the retrieval part is there."""
+        return self._retriever is not None
+
+    @property
     def retriever(self) -> Retriever:
         """The retrieval part. Raises MissingPart where the model has none."""
         if self._retriever is None:

@@ -225,7 +225,11 @@ class _Loader:
         padding = "right" if network.config.is_encoder_decoder else "left"
         tokenizer = LanguageTokenizer(hf_tokenizer, prompt_padding=padding)
         language_model = wrap_language_model(network, tokenizer, stop=self.settings.stop)
-        return language_model if self.device_map is not None else language_model.to(self.device), tokenizer
+        if self.device_map is None:
+            language_model.to(self.device)
+            if self.device.type == "cuda":
+                language_model.replay_steps()
+        return language_model, tokenizer
 
     def _lighten(self, network: nn.Module, bits: Bits | None, *, rounds_inputs: bool = False) -> None:
         """Quantises a frozen part where that was asked for."""

@@ -38,6 +38,10 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
         return self.keys, self.values
 
+    def put(self, keys: Tensor, values: Tensor) -> None:
+        """Takes (B, H, L, Dh) in place of all it held."""
+        self.keys, self.values, self._buffers = keys, values, None
+
     def reorder_cache(self, beam_idx: Any) -> None:
         """Makes row i what row `beam_idx[i]` was, of indices (B',); there may be more rows then, or fewer."""
         if self._buffers is None:

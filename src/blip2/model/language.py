@@ -19,6 +19,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from blip2.model.key_values import is_roomy, join_layers, make_cache
+from blip2.model.replay import FixedStep, Replay
 
 
 @dataclass
@@ -66,12 +67,19 @@ class Reading:
         written: (B, T) tokens after the prompt, of an encoder-decoder with the start token before them; rows that
             joined later are padded on the left.
         encoded: of an encoder-decoder.
+        bound: the recorded step that has the keys and values now, in place of `cache`.
     """
 
     cache: Any
     mask: Tensor
     written: Tensor
     encoded: Encoded | None = None
+    bound: FixedStep | None = None
+
+    def release(self) -> None:
+        """Has the keys and values in its own cache again."""
+        if self.bound is not None:
+            self.bound.give_back()
 
     @property
     def can_join(self) -> bool:
@@ -84,6 +92,7 @@ class Reading:
 
     def select(self, rows: Tensor) -> None:
         """Makes row i what row `rows[i]` was: drops, repeats and reorders."""
+        self.release()
         if self.cache is not None:
             self.cache.reorder_cache(rows)
         self.mask, self.written = self.mask[rows], self.written[rows]
@@ -91,6 +100,8 @@ class Reading:
 
     def join(self, other: "Reading") -> None:
         """Puts another reading's rows below these; both can join."""
+        self.release()
+        other.release()
         join_layers(self._own_cache, other._own_cache)
         if self.encoded is not None and other.encoded is not None:
             join_layers(self.cache.cross_attention_cache, other.cache.cross_attention_cache, right=True)
@@ -116,6 +127,7 @@ class _FrozenLM(nn.Module):
     """What both kinds share: frozen weights that stay in evaluation mode, embeddings and width."""
 
     model: Any  # a Hugging Face model, whose methods are found at run time
+    is_encoder_decoder: bool
 
     def __init__(self, model: nn.Module, *, stop_ids: list[int], pad_id: int) -> None:
         super().__init__()
@@ -128,6 +140,13 @@ class _FrozenLM(nn.Module):
         taken = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in taken
         self._takes_logits_to_keep = "logits_to_keep" in taken
+        self.replay: Replay | None = None
+
+    def replay_steps(self) -> bool:
+        """Has each token's step recorded and replayed from now on (see model/replay.py); false where it cannot be."""
+        if not self.is_encoder_decoder and Replay.can_take(self.model, takes_positions=self._takes_positions):
+            self.replay = Replay(self.model)
+        return self.replay is not None
 
     @property
     def width(self) -> int:
@@ -177,6 +196,9 @@ class _FrozenLM(nn.Module):
         """
         reading.written = torch.cat([reading.written, token_ids[:, None]], dim=1)
         reading.mask = F.pad(reading.mask, (0, 1), value=1)
+        if self.replay is not None and self.replay.takes(reading):
+            return self.replay.logits(reading, token_ids)
+        reading.release()
         return self._logits(reading)
 
 

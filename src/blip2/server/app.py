@@ -25,7 +25,8 @@ def create_app(model: Blip2, settings: ServerSettings) -> tuple[ASGIApp, Service
     """The application and what its routes share.
 
     Args:
-        model: with a generating part, a retrieval part or both; nobody else may use it meanwhile.
+        model: with a generating part; embedding and matching need a retrieval part besides. Nobody else may use it
+            meanwhile.
         settings: see ServerSettings.
     """
     service = Service(model, settings)

@@ -122,7 +122,7 @@ class Chat:
         if asked is None:
             if question.text or self.body.stream or is_drawn or self._stops:
                 return 1
-            return min(self.service.model.settings.caption_best_of, limit)
+            return min(self.service.model.settings.caption_best_of, limit) if self.service.model.can_match else 1
         if asked > 1 and (question.text or self.body.stream):
             raise UserError("best_of chooses among captions: leave it out of a stream and beside a question.")
         if asked > limit:

@@ -13,6 +13,9 @@ from blip2.server.service import Service
 from blip2.server.settings import ServerSettings
 
 
+MOST_CONNECTIONS = 1024  # open at once; more get 503
+
+
 class _Server(uvicorn.Server):
     """Says at once that it is not ready any more when it is told to stop."""
 
@@ -46,6 +49,9 @@ def run(
         log_level="warning" if quiet else "info",
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # anybody may write X-Forwarded-For, and rates are counted by address
+        ws="none",
+        limit_concurrency=MOST_CONNECTIONS,
         timeout_keep_alive=30,
         timeout_graceful_shutdown=finish_seconds,
         h11_max_incomplete_event_size=64_000,
