@@ -209,6 +209,13 @@ def test_many_long_texts_are_refused_before_they_are_tokenised(hostile_server, p
         assert status == 400, (len(texts), found)
 
 
+def test_an_answer_that_the_model_cannot_read_is_refused(hostile_server):
+    asked = one_turn(answer="é" * 2000, by_word=True)
+    status, found = hostile_server.ask(asked, "/v1/attention")
+    assert status == 400 and found["error"]["param"] == "answer"
+    assert hostile_server.ask(asked | {"by_word": False}, "/v1/attention")[0] == 200
+
+
 # -- what is no request -------------------------------------------------------------------------------------------
 RAW = {
     "nothing": b"",
