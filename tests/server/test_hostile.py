@@ -108,7 +108,7 @@ def test_an_exif_block_that_is_broken_does_not_spoil_the_picture(hostile_server)
 @pytest.mark.parametrize("name", seeds())
 def test_pictures_cut_short_are_refused_or_read(hostile_server, name):
     data = seeds()[name]
-    lengths = sorted({*range(0, 12), *range(12, len(data), max(1, len(data) // 8)), len(data) - 1, len(data) - 2})
+    lengths = sorted({*range(0, 12, 3), *range(12, len(data), max(1, len(data) // 5)), len(data) - 1, len(data) - 2})
     found = [hostile_server.see(data[:length])[0] for length in lengths]
     assert set(found) <= {200, 400} and found[0] == 400
 
