@@ -10,6 +10,7 @@ import blip2
 from blip2.errors import BadImage, Busy, Closing, UserError
 from blip2.inference.decoding import make_candidates, make_decoding
 from blip2.inference.engine import Engine
+from blip2.model.writing import Writer
 
 QUESTIONS = ["what is this ?", "which colour is the red cup left of the star ?", "how many", "a cat ?", "which cup"]
 WAYS = [{}, {"max_new_tokens": 4}, {"repetition_penalty": 1.5}, {"num_beams": 3}, {"min_new_tokens": 6}]
@@ -112,6 +113,33 @@ def test_a_model_that_breaks_tells_those_who_wait_and_goes_on_with_the_next(mode
             engine.submit(images[0], "a").text()
         monkeypatch.setattr(language_model, "step", step)
         assert engine.submit(images[0], "a").text() == expected
+
+
+def test_who_is_held_back_beside_a_bad_request_is_written_once(model, images, monkeypatch):
+    expected, read = model_says(model, images[1], "a cat ?"), model.generator.read
+    poison = model.generator.tokenizer.encode_prompts(["poison"]).input_ids.tolist()
+
+    def read_alone(visual_prompt, prompt):
+        if prompt.input_ids.tolist() == poison:
+            raise UserError("no such prompt")
+        return read(visual_prompt, prompt)
+
+    monkeypatch.setattr(model.generator, "read", read_alone)
+    monkeypatch.setattr(Writer, "takes", lambda writer, _: not writer.rows)  # as of models whose rows cannot join
+    added, add = [], Writer.add
+    monkeypatch.setattr(Writer, "add", lambda self, *read: (rows := add(self, *read), added.append(len(rows)))[0])
+    gate = threading.Event()
+    with Engine(model) as engine:
+        first = engine.submit(images[0], "a", decoding=make_decoding({"max_new_tokens": 30, "min_new_tokens": 30}))
+        while not engine.num_writing:
+            pass
+        engine.call(gate.wait)
+        held, bad = engine.submit(images[1], "a cat ?"), engine.submit(images[2], "poison")
+        gate.set()
+        with pytest.raises(UserError, match="no such prompt"):
+            bad.text()
+        assert held.text() == expected
+    assert first.reason == "length" and added == [1, 1]
 
 
 def test_closing_finishes_what_was_taken_or_cancels_it(model, images):

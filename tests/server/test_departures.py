@@ -1,10 +1,13 @@
 """Who leaves leaves nothing behind: no place, no text that is written for nobody, no thread, no picture in memory."""
 
+import contextlib
 import gc
 import json
 import socket
 import threading
 import time
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from inference.tiny_model import make_tiny_model
@@ -13,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import blip2
 from blip2.errors import Busy
-from blip2.server import dialogue
+from blip2.server import dialogue, gate
 from blip2.server.service import NUM_READERS
 from blip2.server.settings import ServerSettings
 
@@ -136,6 +139,25 @@ def test_who_leaves_before_the_body_is_whole_is_no_fault_of_the_server(server):
     post(server, LONG, num_bytes=100).close()
     until(lambda: outcomes(server).get("499", 0) == before.get("499", 0) + 1)
     assert outcomes(server).get("500", 0) == before.get("500", 0)
+
+
+def test_a_body_that_comes_byte_by_byte_has_an_end(server, monkeypatch):
+    limits = replace(server.service.settings.limits, body_seconds=10, whole_body_seconds=0.3)
+    monkeypatch.setattr(gate, "_Watched", partial(limited, limits, gate._Watched))
+    plain = post(server, LONG, num_bytes=10)
+    plain.settimeout(0.05)
+    found = b""
+    for _ in range(100):
+        with contextlib.suppress(TimeoutError):
+            plain.sendall(b" ")
+            if found := plain.recv(1000):
+                break
+    assert found.startswith(b"HTTP/1.1 408 ")
+    until(lambda: is_idle(server.service))
+
+
+def limited(limits, make, scope, receive, send, settings, *more):
+    return make(scope, receive, send, replace(settings, limits=limits), *more)
 
 
 def test_no_picture_is_kept_while_its_answer_is_written(server):

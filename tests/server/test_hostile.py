@@ -108,7 +108,7 @@ def test_an_exif_block_that_is_broken_does_not_spoil_the_picture(hostile_server)
 @pytest.mark.parametrize("name", seeds())
 def test_pictures_cut_short_are_refused_or_read(hostile_server, name):
     data = seeds()[name]
-    lengths = sorted({*range(0, 12), *range(12, len(data), max(1, len(data) // 8)), len(data) - 1, len(data) - 2})
+    lengths = sorted({*range(0, 12, 3), *range(12, len(data), max(1, len(data) // 5)), len(data) - 1, len(data) - 2})
     found = [hostile_server.see(data[:length])[0] for length in lengths]
     assert set(found) <= {200, 400} and found[0] == 400
 
@@ -207,6 +207,13 @@ def test_many_long_texts_are_refused_before_they_are_tokenised(hostile_server, p
     for texts in (["a"] * 257, ["a " * 2000] * 5, ["", "a"], [], ["a"] * 5000):
         status, found = hostile_server.ask({"model": "mini", field: texts} | more, path)
         assert status == 400, (len(texts), found)
+
+
+def test_an_answer_that_the_model_cannot_read_is_refused(hostile_server):
+    asked = one_turn(answer="é" * 2000, by_word=True)
+    status, found = hostile_server.ask(asked, "/v1/attention")
+    assert status == 400 and found["error"]["param"] == "answer"
+    assert hostile_server.ask(asked | {"by_word": False}, "/v1/attention")[0] == 200
 
 
 # -- what is no request -------------------------------------------------------------------------------------------

@@ -287,9 +287,11 @@ class Engine:
             replies = [requests[i].reply for i in plain]
             self._writing |= {id(row): (row, reply) for row, reply in zip(rows, replies, strict=True)}
         else:
-            for i in plain:  # alone, each when nothing else is written
+            held: list[tuple[_Request, Reading, Tensor]] = []  # alone, each when nothing else is written
+            for i in plain:
                 prompt = generator.tokenizer.encode_prompts([requests[i].prompt]).to(visual_prompts.device)
-                self._held.append((requests[i], *generator.read(visual_prompts[i : i + 1], prompt)))
+                held.append((requests[i], *generator.read(visual_prompts[i : i + 1], prompt)))
+            self._held += held  # all or none: where one fails, each is read again
 
     def _search(self, request: _Request, features: Tensor, visual_prompt: Tensor) -> None:
         prompt = self.generator.tokenizer.encode_prompts([request.prompt]).to(visual_prompt.device)

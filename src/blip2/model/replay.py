@@ -1,9 +1,9 @@
 """One token of a decoder LLM as work of one fixed shape, so that a GPU can record it once and replay it.
 
 A step at batch 1 is some thousand kernels of microseconds each, and launching them takes longer than running them. Here
-keys and values lie in buffers of a fixed length, the new token's place is a number on the device, and the mask says what is
-filled: nothing changes shape between two tokens, so the whole step becomes a CUDA graph, one launch. Rows and lengths are
-rounded up to sizes of which each is recorded once, at its first use.
+keys and values lie in buffers of a fixed length, the new token's place is a number on the device, and the mask says what
+is filled: nothing changes shape between two tokens, so the whole step becomes a CUDA graph, one launch. Rows and lengths
+are rounded up to sizes of which each is recorded once, at its first use.
 
     Reading.cache ── bind ──▶ a recorded step's buffers ── replayed for each token ── release ──▶ Reading.cache
                               (rows join, leave or change places: released, then bound again)
@@ -111,14 +111,18 @@ class FixedStep:
         return self._logits[:rows].clone()
 
     def _forward(self) -> Tensor:
-        return self._model(
-            input_ids=self._token_ids,
-            position_ids=self._positions,
-            attention_mask=self._mask,
-            past_key_values=self._cache,
-            use_cache=True,
-            return_dict=True,
-        ).logits[:, -1].float()
+        return (
+            self._model(
+                input_ids=self._token_ids,
+                position_ids=self._positions,
+                attention_mask=self._mask,
+                past_key_values=self._cache,
+                use_cache=True,
+                return_dict=True,
+            )
+            .logits[:, -1]
+            .float()
+        )
 
     def _record(self) -> None:
         self._mask[..., 0] = True

@@ -182,6 +182,7 @@ class _Watched:
         self._counted = counted
         self._origin = origin
         self._num_bytes = 0
+        self._begin: float | None = None  # of the body
         self._is_whole = False
 
     async def receive(self) -> Message:
@@ -189,8 +190,10 @@ class _Watched:
             message = await self._receive()
             self._counted.has_left |= message["type"] == "http.disconnect"
             return message
+        self._begin = time.monotonic() if self._begin is None else self._begin
+        left = self._limits.whole_body_seconds - (time.monotonic() - self._begin)
         try:
-            message = await asyncio.wait_for(self._receive(), self._limits.body_seconds)
+            message = await asyncio.wait_for(self._receive(), min(self._limits.body_seconds, left))
         except TimeoutError:
             raise Fault(408, "The request came too slowly.", headers={"Connection": "close"}) from None
         if message["type"] == "http.disconnect":

@@ -85,8 +85,7 @@ class _Checked(http.client.HTTPSConnection):
 
     def __init__(self, host: str) -> None:
         super().__init__(host, timeout=SECONDS)
-        self._end: threading.Timer | None = None
-        self._twin: socket.socket | None = None  # what the timer closes, whoever reads meanwhile
+        self._end: tuple[threading.Timer, socket.socket] | None = None
 
     def connect(self) -> None:
         family, address = public_address(self.host)
@@ -95,10 +94,11 @@ class _Checked(http.client.HTTPSConnection):
         try:
             plain.connect((address, 443))
             # A time-out is of one read, and an answer may come byte by byte: the whole has its time as well.
-            self._twin = plain.dup()
-            self._end = threading.Timer(SECONDS, _hang_up, [self._twin])
-            self._end.daemon = True
-            self._end.start()
+            twin = plain.dup()
+            timer = threading.Timer(SECONDS, _hang_up, [twin])
+            timer.daemon = True
+            self._end = timer, twin
+            timer.start()
             self.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=self.host)
         except BaseException:
             plain.close()
@@ -107,11 +107,12 @@ class _Checked(http.client.HTTPSConnection):
     def finish(self) -> None:
         """Closes it; OSError where it was cut off before, for what was read then is not the whole."""
         self.close()
-        if self._end is None or self._twin is None:
+        if self._end is None:
             return
-        was_cut_off = self._end.finished.is_set()
-        self._end.cancel()
-        self._twin.close()
+        timer, twin = self._end
+        was_cut_off = timer.finished.is_set()
+        timer.cancel()
+        twin.close()
         if was_cut_off:
             raise OSError("too slow")
 

@@ -8,6 +8,7 @@ from fastapi.responses import JSONResponse
 from blip2.inference.attention_maps import AttentionMaps, attention_maps, word_sources
 from blip2.server.dialogue import Prepared, prepare, read_question
 from blip2.server.documents import documented
+from blip2.server.faults import Fault
 from blip2.server.schemas import AttentionRequest
 from blip2.server.service import Service, unless_gone
 
@@ -33,8 +34,12 @@ async def _look(service: Service, body: AttentionRequest) -> dict[str, Any]:
     question = read_question(body.messages, service.settings)
 
     def read() -> Prepared:
-        settings = service.settings
-        return prepare(question, model.generator, model.settings.prompts, settings, max_new_tokens=ROOM)
+        settings, room = service.settings, ROOM
+        if body.by_word:
+            room = max(ROOM, model.generator.tokenizer.encode_targets([body.answer]).input_ids.shape[1])
+            if room > max(ROOM, settings.limits.max_tokens):  # each query takes a pass over all of them
+                raise Fault(400, f"The answer has more than {settings.limits.max_tokens} tokens.", param="answer")
+        return prepare(question, model.generator, model.settings.prompts, settings, max_new_tokens=room)
 
     prepared = await service.in_reader(read)
 

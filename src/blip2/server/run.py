@@ -12,7 +12,6 @@ from blip2.server.app import create_app
 from blip2.server.service import Service
 from blip2.server.settings import ServerSettings
 
-
 MOST_CONNECTIONS = 1024  # open at once; more get 503
 
 

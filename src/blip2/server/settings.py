@@ -20,6 +20,7 @@ class Limits:
         max_tokens: of an answer.
         admitted: requests that are being answered or wait; more get 429.
         body_seconds: between two pieces of a request's body.
+        whole_body_seconds: for all of it, or who sends a byte now and then keeps a place of `admitted`.
         send_seconds: that a client may leave a piece of its answer unread.
     """
 
@@ -33,6 +34,7 @@ class Limits:
     max_tokens: int = 512
     admitted: int = 128
     body_seconds: float = 20.0
+    whole_body_seconds: float = 120.0
     send_seconds: float = 30.0
 
 
