@@ -190,3 +190,14 @@ def test_pieces_may_be_delivered_as_they_come(model, images):
         engine.submit(images[0], "a", deliver=given.append)
     *pieces, end = given
     assert end is None and "".join(pieces) == model_says(model, images[0], "a")
+
+
+def test_who_cannot_be_told_is_not_written_for_and_others_are(model, images):
+    def gone(piece):
+        raise RuntimeError("Event loop is closed")
+
+    long = make_decoding({"max_new_tokens": 400, "min_new_tokens": 400})
+    with Engine(model) as engine:
+        lost = engine.submit(images[0], "a", decoding=long, deliver=gone)
+        assert engine.submit(images[1], "a").text() == model_says(model, images[1], "a")
+    assert lost.is_cancelled and lost.num_tokens < 400

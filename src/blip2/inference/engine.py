@@ -84,16 +84,22 @@ class Reply:
     def _add(self, token_ids: Sequence[int], reason: Reason | None) -> None:
         self.num_tokens = len(token_ids)
         if piece := self._pieces.after(token_ids, is_end=reason is not None):
-            self._deliver(piece)
+            self._tell(piece)
         if reason is not None:
             self._end(reason)
 
     def _end(self, reason: Reason) -> None:
         self.reason = reason
-        self._deliver(None)
+        self._tell(None)
 
     def _fail(self, error: BaseException) -> None:
-        self._deliver(error)
+        self._tell(error)
+
+    def _tell(self, what: str | BaseException | None) -> None:
+        try:
+            self._deliver(what)
+        except Exception:  # whoever was to be told is gone, with his event loop
+            self.cancel()
 
 
 class Engine:
@@ -330,7 +336,11 @@ class Engine:
         for row in written:
             _, reply = self._writing[id(row)]
             is_end = any(row is one for one in ended)
-            reply._add(row.token_ids, self._reason(row.token_ids, row.decoding) if is_end else None)
+            try:
+                reply._add(row.token_ids, self._reason(row.token_ids, row.decoding) if is_end else None)
+            except Exception as error:  # tokens that cannot be read as text: theirs alone
+                reply._fail(error)
+                row.is_cancelled = is_end = True
             if is_end:
                 del self._writing[id(row)]
 

@@ -1,9 +1,9 @@
 """One token of a decoder LLM as work of one fixed shape, so that a GPU can record it once and replay it.
 
-A step at batch 1 is some thousand kernels of microseconds each, and launching them takes longer than running them. Here
-keys and values lie in buffers of a fixed length, the new token's place is a number on the device, and the mask says what
-is filled: nothing changes shape between two tokens, so the whole step becomes a CUDA graph, one launch. Rows and lengths
-are rounded up to sizes of which each is recorded once, at its first use.
+A step at batch 1 is some thousand kernels of microseconds each, and launching them takes longer than running them.
+Here keys and values lie in buffers of a fixed length, the new token's place is a number on the device, and the mask says
+what is filled: nothing changes shape between two tokens, so the whole step becomes a CUDA graph, one launch. Rows and
+lengths are rounded up to sizes of which each is recorded once, at its first use.
 
     Reading.cache ── bind ──▶ a recorded step's buffers ── replayed for each token ── release ──▶ Reading.cache
                               (rows join, leave or change places: released, then bound again)
@@ -61,11 +61,13 @@ class FixedStep:
         self._positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._mask = torch.zeros(rows, 1, 1, length, dtype=torch.bool, device=device)
         self._slot = torch.zeros(1, dtype=torch.long, device=device)
-        self._cache = DynamicCache()
+        self._layers: list[_FixedLayer] = []
         for layer in layers:
             shape = (rows, layer.keys.shape[1], length)
             keys, values = (states.new_zeros(*shape, states.shape[3]) for states in (layer.keys, layer.values))
-            self._cache.layers.append(_FixedLayer(keys, values, self._slot))
+            self._layers.append(_FixedLayer(keys, values, self._slot))
+        self._cache = DynamicCache()
+        self._cache.layers = list(self._layers)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         if device.type == "cuda":
@@ -78,7 +80,7 @@ class FixedStep:
         rows, length = len(reading.mask), reading.cache.layers[0].keys.shape[2]
         self._mask.zero_()
         self._mask[:rows, 0, 0, :length] = reading.mask[:, :length].bool()
-        for own, layer in zip(self._cache.layers, reading.cache.layers, strict=True):
+        for own, layer in zip(self._layers, reading.cache.layers, strict=True):
             for buffer, states in ((own.keys, layer.keys), (own.values, layer.values)):
                 assert buffer is not None
                 buffer[:rows, :, :length] = states
@@ -91,7 +93,7 @@ class FixedStep:
         assert reading is not None
         rows, length = len(reading.mask), self.num_filled
         layers: list[RoomyLayer] = reading.cache.layers
-        for own, layer in zip(self._cache.layers, layers, strict=True):
+        for own, layer in zip(self._layers, layers, strict=True):
             assert own.keys is not None and own.values is not None
             layer.put(own.keys[:rows, :, :length].clone(), own.values[:rows, :, :length].clone())
         self.reading = reading.bound = None
