@@ -1,5 +1,7 @@
 """`blip2 chat` through a pipe: questions in, answers out, commands obeyed."""
 
+import json
+
 import blip2
 
 
@@ -41,3 +43,13 @@ def test_mistakes_are_told_and_the_dialogue_goes_on(run, folder, tiny):
 def test_a_picture_that_cannot_be_shown_leaves_the_old_one(run, folder, tiny):
     _, out, _ = chat(run, tiny, "what ?\n/reset\n/image bad.png\nwhat ?\n", "pictures/a.png")
     assert len(out) == 2 and out[0] == out[1]
+
+
+def test_a_dialogue_is_saved_as_json_and_as_markdown_and_no_file_is_overwritten(run, folder, tiny):
+    text = "what ?\n/save said.json\n/save said.md\n/save said.md\n/save\n/save no-such-folder/said.md\n"
+    code, (answer,), err = chat(run, tiny, text, "pictures/a.png")
+    assert code == 1 and err.count("blip2: ") == 3 and "Saved 1 turns to said.json." in err
+    saved = json.loads((folder / "said.json").read_text(encoding="utf-8"))
+    assert saved["image"] == "pictures/a.png" and spoken(saved["turns"][0]["answer"]) == answer
+    assert saved["turns"][0]["question"] == "what ?"
+    assert "**what ?**" in (folder / "said.md").read_text(encoding="utf-8")

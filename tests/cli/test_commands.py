@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import blip2
 
@@ -188,3 +189,12 @@ def test_mistakes_are_one_clear_line_and_exit_code_2(run, folder, tiny, argument
 @pytest.mark.parametrize("typed", ["caption", "capton a.png", "caption a.png --beam 3", "embed a"])
 def test_wrong_usage_leaves_with_exit_code_2(run, typed):
     assert run(*typed.split()).code == 2
+
+
+def test_what_the_model_looked_at_is_drawn_over_the_picture(run, folder, tiny):
+    result = run("ask", "pictures/a.png", "what ?", "--attention", "seen.png", "--model", tiny, "--quiet")
+    assert result.code == 0 and result.out
+    with Image.open("seen.png") as drawn, Image.open("pictures/a.png") as picture:
+        assert drawn.size == picture.size and len(drawn.getcolors(10**6)) > 2
+    result = run("ask", "pictures", "what ?", "--attention", "seen.png", "--model", tiny)
+    assert result.code == 2 and "one picture" in result.err

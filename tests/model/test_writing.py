@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from blip2.model.language import DecoderLM, EncoderDecoderLM
+from blip2.model.language import WORTH_TRIMMING, DecoderLM, EncoderDecoderLM
 from blip2.model.packed import PackedLinear, pack
 from blip2.model.writing import Decoding, Writer, write
 
@@ -197,3 +197,27 @@ def test_packed_layers_say_the_same(make):
     count = pack(language_model.model)
     assert count == sum(isinstance(layer, PackedLinear) for layer in language_model.modules())
     assert write(language_model, *language_model.start(*prompts), decoding).tolist() == expected
+
+
+@pytest.mark.parametrize("make", JOINING)
+def test_what_is_kept_does_not_grow_while_rows_come_and_go(make):
+    language_model = make_language_model(make)
+    prompts = make_prompts(language_model)
+    decoding = Decoding(max_new_tokens=6, min_new_tokens=6)
+    expected = []
+    for row in range(NUM_ROWS):
+        started = language_model.start(*alone(prompts, row, language_model))
+        expected.append(write(language_model, *started, decoding)[0].tolist())
+    writer, rows, lengths = Writer(language_model), [], []
+    with torch.no_grad():
+        for turn in range(60):  # there is always somebody who is being written
+            rows += writer.add(*language_model.start(*alone(prompts, turn % NUM_ROWS, language_model)), [decoding])
+            writer.step()
+            writer.step()
+            assert writer._reading is not None
+            lengths.append(writer._reading.mask.shape[1])
+            assert writer._reading.written.shape[1] <= 1 + language_model.is_encoder_decoder
+        while writer.rows:
+            writer.step()
+    assert [row.token_ids for row in rows] == [expected[turn % NUM_ROWS] for turn in range(60)]
+    assert max(lengths) <= 7 + 6 + 2 * WORTH_TRIMMING

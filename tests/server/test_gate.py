@@ -227,3 +227,12 @@ def test_unknown_addresses_and_methods_get_the_error_object(served):
     assert served.send("/static/../app.py").status == 404
     assert served.send("/static/%2e%2e/app.py").status == 404
     assert served.send("/v1/nothing").json["error"]["type"] == "not_found_error"
+
+
+def test_bodies_that_would_not_fit_in_memory_together_come_again_later(tiny_folder, images):
+    limits = Limits(body_bytes=200_000, bodies_bytes=100_000)
+    with serving(blip2.load(tiny_folder), ServerSettings(name="tiny", limits=limits)) as running:
+        assert running.chat(user(images[0], "why ?"), max_tokens=2).status == 200
+        refused = running.chat(user(images[0], "why " * 30_000))
+        assert refused.status == 429 and int(refused.headers["retry-after"]) >= 1
+        assert running.service._num_bytes == 0

@@ -57,7 +57,9 @@ def serve(
         str | None,
         typer.Option(envvar="BLIP2_FILTER", help="What must not be asked or said: words:FILE or module:name."),
     ] = None,
-    max_rows: Annotated[int, typer.Option(envvar="BLIP2_MAX_ROWS", min=1, max=1024, help="Texts side by side.")] = 16,
+    max_rows: Annotated[
+        int | None, typer.Option(envvar="BLIP2_MAX_ROWS", min=1, max=1024, help="Texts written side by side.")
+    ] = None,
     max_admitted: Annotated[
         int, typer.Option(envvar="BLIP2_MAX_ADMITTED", min=1, help="Requests answered or waiting; more get 429.")
     ] = 128,

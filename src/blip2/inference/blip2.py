@@ -24,7 +24,7 @@ from blip2.inference.decoding import (
     make_decoding,
     make_streamable,
 )
-from blip2.inference.generation import Generator
+from blip2.inference.generation import MOST_ROWS, Generator
 from blip2.inference.image_cache import ImageCache, digest
 from blip2.inference.presets import Manner, Preset, Task, manner
 from blip2.inference.retrieval import Match, Retriever
@@ -46,7 +46,8 @@ class Blip2:
 
     Attributes:
         settings: what blip2.json says.
-        batch_size: how many pictures go through the model at once.
+        batch_size: how many pictures go through the model at once; None: as many as its language model writes side by
+            side well (`Generator.rows_at_once`), or 64.
         image_cache: features of the pictures seen last.
     """
 
@@ -57,7 +58,7 @@ class Blip2:
         *,
         retriever: Retriever | None = None,
         generator: Generator | None = None,
-        batch_size: int = 16,
+        batch_size: int | None = None,
     ) -> None:
         self.settings = settings
         self.vision_model = vision_model
@@ -156,7 +157,7 @@ class Blip2:
             return _in_kind(self.generate(rows, chosen, prompts.caption_instruction, **options), is_one)
         generator, retriever, decoding = self.generator, self.retriever, make_candidates(options, best_of)
         captions: list[str] = []
-        for some in self._batches(len(rows)):
+        for some in self._batches(len(rows), rows_each=decoding.num_return_sequences):
             features = self.image_features(rows[some])
             told = [prompts.caption_instruction] * len(features)
             proposed = generator.propose(features, [chosen] * len(features), told, decoding)
@@ -255,7 +256,7 @@ class Blip2:
         prompts = _each(prompts, len(images), "prompts")
         told = prompts if instructions is None else _each(instructions, len(images), "instructions")
         texts: list[str] = []
-        for rows in self._batches(len(images)):
+        for rows in self._batches(len(images), rows_each=decoding.num_beams):
             texts += generator.speak(self.image_features(images[rows]), prompts[rows], told[rows], decoding)
         return texts
 
@@ -381,10 +382,16 @@ class Blip2:
     def _question_prompts(self, questions: Sequence[str]) -> list[str]:
         return [question_prompt(question, self.settings.prompts.question) for question in questions]
 
-    def _batches(self, count: int) -> Iterator[slice]:
+    def _batches(self, count: int, *, rows_each: int = 1) -> Iterator[slice]:
+        """Slices of `count` pictures, of which each takes so many rows of the language model."""
         if not count:
             raise UserError("The list is empty. Give at least one.")
-        return (slice(start, start + self.batch_size) for start in range(0, count, self.batch_size))
+        size = self.batch_size
+        if size is None:
+            # beams share what was read of the picture and the prompt, so twice as many rows are still one batch
+            most = self._generator.rows_at_once if self._generator is not None else MOST_ROWS
+            size = max(1, most if rows_each == 1 else 2 * most // rows_each)
+        return (slice(start, start + size) for start in range(0, count, size))
 
 
 def _rows(images: Images) -> tuple[list[ImageSource], bool]:

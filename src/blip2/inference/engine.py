@@ -25,6 +25,7 @@ from blip2.model.language import Reading
 from blip2.model.writing import Decoding, Row, Writer, write
 from blip2.preprocessing.images import ImageSource, load_image
 
+MOST_ROWS = 32
 Reason = Literal["stop", "length", "cancelled"]
 Delivery = Callable[[str | BaseException | None], None]
 Result = TypeVar("Result")
@@ -107,17 +108,17 @@ class Engine:
 
     Args:
         model: with a generating part. Nobody else may use it meanwhile.
-        max_rows: how many texts are written side by side.
+        max_rows: how many texts are written side by side; None: 32, or fewer where the LLM's keys and values are large.
         max_waiting: how many requests may wait besides; more are refused.
 
     Raises:
         MissingPart: the model cannot speak.
     """
 
-    def __init__(self, model: Blip2, *, max_rows: int = 16, max_waiting: int = 256) -> None:
+    def __init__(self, model: Blip2, *, max_rows: int | None = None, max_waiting: int = 256) -> None:
         self.model = model
         self.generator = model.generator
-        self.max_rows = max_rows
+        self.max_rows = min(MOST_ROWS, self.generator.rows_at_once) if max_rows is None else max_rows
         self.max_waiting = max_waiting
         self.num_steps = 0
         self._calls: deque[Callable[[], None]] = deque()
@@ -243,13 +244,20 @@ class Engine:
                 if not self._has_work:
                     return
                 calls = [self._calls.popleft() for _ in range(len(self._calls))]
-                room = self.max_rows - len(self._writing) - len(self._held)
+                room = self._room()
                 taken = [self._waiting.popleft() for _ in range(min(room, len(self._waiting)))]
             for run in calls:
                 run()
             self._take(taken)
             self._join_held()
             self._step()
+
+    def _room(self) -> int:
+        """How many requests are read now. Rows read one by one cost twice to three times what they cost together, so a
+        full engine waits until a quarter of its rows is free."""
+        free = self.max_rows - len(self._writing) - len(self._held)
+        is_worth_it = free >= self.max_rows / 4 or not (self._writing or self._held)
+        return free if is_worth_it else 0
 
     @property
     def _has_work(self) -> bool:

@@ -19,6 +19,10 @@ from blip2.model.stage2 import Blip2Stage2
 from blip2.model.writing import Decoding, Writer, write
 from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer, TextBatch
 
+MOST_ROWS = 64  # more are no faster on a CPU
+KEY_VALUE_BYTES = 10**9
+POSITIONS = 100  # of a text with its prompts, about
+
 
 class Generator:
     """The generating part: image features and prompts in, text out.
@@ -66,6 +70,16 @@ class Generator:
             return None
         answer = 0 if self.language_model.is_encoder_decoder else max_new_tokens
         return length - self.model.config.num_query_tokens - answer
+
+    @property
+    def rows_at_once(self) -> int:
+        """How many texts may be written side by side: 64, or as many as keep their keys and values below a gigabyte."""
+        config: Any = self.language_model.model.config.get_text_config()
+        layers, heads = getattr(config, "num_hidden_layers", 0), getattr(config, "num_attention_heads", 1)
+        width = getattr(config, "head_dim", None) or self.language_model.width // heads
+        heads = getattr(config, "num_key_value_heads", None) or heads
+        row_bytes = 2 * layers * heads * width * POSITIONS * self.language_model.model.dtype.itemsize
+        return max(1, min(MOST_ROWS, KEY_VALUE_BYTES // max(1, row_bytes)))
 
     @torch.inference_mode()
     def visual_prompt(self, image_features: Tensor, instructions: Sequence[str]) -> Tensor:

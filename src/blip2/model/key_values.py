@@ -42,6 +42,10 @@ class RoomyLayer(DynamicLayer):
         """Takes (B, H, L, Dh) in place of all it held."""
         self.keys, self.values, self._buffers = keys, values, None
 
+    def cut(self, begin: int, end: int | None) -> None:
+        """Keeps only the positions from `begin` to before `end`."""
+        self.put(self.keys[:, :, begin:end], self.values[:, :, begin:end])
+
     def reorder_cache(self, beam_idx: Any) -> None:
         """Makes row i what row `beam_idx[i]` was, of indices (B',); there may be more rows then, or fewer."""
         if self._buffers is None:

@@ -21,6 +21,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from blip2.model.key_values import is_roomy, join_layers, make_cache
 from blip2.model.replay import FixedStep, Replay
 
+WORTH_TRIMMING = 16  # positions; fewer cost less than a copy
+
 
 @dataclass
 class Prefix:
@@ -64,8 +66,8 @@ class Reading:
     Attributes:
         cache: keys and values of all positions but the newest token's; None where the LLM reads everything each time.
         mask: (B, L), 1 where the decoder's position is real.
-        written: (B, T) tokens after the prompt, of an encoder-decoder with the start token before them; rows that
-            joined later are padded on the left.
+        written: (B, T) tokens after the prompt, of an encoder-decoder with the start token before them; where there is
+            a cache, of what was written since only the newest.
         encoded: of an encoder-decoder.
         bound: the recorded step that has the keys and values now, in place of `cache`.
     """
@@ -97,6 +99,22 @@ class Reading:
             self.cache.reorder_cache(rows)
         self.mask, self.written = self.mask[rows], self.written[rows]
         self.encoded = self.encoded.select(rows) if self.encoded is not None else None
+        if self.can_join:
+            self._trim()
+
+    def _trim(self) -> None:
+        """Lets go of positions that are padding in all rows: where rows join and leave, they have no end else."""
+        first = int(self.mask.any(dim=0).int().argmax())
+        if first >= WORTH_TRIMMING:
+            self.mask = self.mask[:, first:]
+            for layer in self._own_cache.layers:
+                layer.cut(first, None)
+        if self.encoded is not None:
+            longest = int(self.encoded.mask.sum(dim=1).max())
+            if longest <= self.encoded.mask.shape[1] - WORTH_TRIMMING:
+                self.encoded = Encoded(self.encoded.states[:, :longest], self.encoded.mask[:, :longest])
+                for layer in self.cache.cross_attention_cache.layers:
+                    layer.cut(0, longest)
 
     def join(self, other: "Reading") -> None:
         """Puts another reading's rows below these; both can join."""
@@ -194,7 +212,8 @@ class _FrozenLM(nn.Module):
         Returns:
             (B, V) float32, logits of the one after it.
         """
-        reading.written = torch.cat([reading.written, token_ids[:, None]], dim=1)
+        newest = token_ids[:, None]
+        reading.written = newest if reading.cache is not None else torch.cat([reading.written, newest], dim=1)
         reading.mask = F.pad(reading.mask, (0, 1), value=1)
         if self.replay is not None and self.replay.takes(reading):
             return self.replay.logits(reading, token_ids)

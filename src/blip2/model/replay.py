@@ -1,7 +1,7 @@
 """One token of a decoder LLM as work of one fixed shape, so that a GPU can record it once and replay it.
 
 A step at batch 1 is some thousand kernels of microseconds each, and launching them takes longer than running them.
-Here keys and values lie in buffers of a fixed length, the new token's place is a number on the device, and the mask says
+Here keys and values lie in buffers of a fixed length, the new token's place is a number on the device, the mask says
 what is filled: nothing changes shape between two tokens, so the whole step becomes a CUDA graph, one launch. Rows and
 lengths are rounded up to sizes of which each is recorded once, at its first use.
 
@@ -67,7 +67,7 @@ class FixedStep:
             keys, values = (states.new_zeros(*shape, states.shape[3]) for states in (layer.keys, layer.values))
             self._layers.append(_FixedLayer(keys, values, self._slot))
         self._cache = DynamicCache()
-        self._cache.layers = list(self._layers)
+        self._cache.layers.extend(self._layers)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._logits: Tensor | None = None
         if device.type == "cuda":

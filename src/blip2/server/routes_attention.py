@@ -21,7 +21,7 @@ def attention_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/attention", **documented(AttentionRequest, "Where the model looked"))
     async def attention(request: Request) -> Response:
-        with service.admitted():
+        with service.admitted(request):
             body = await service.read(request, AttentionRequest)
             service.check_model(body.model)
             return JSONResponse(await unless_gone(request, _look(service, body)))

@@ -33,7 +33,7 @@ def chat_routes(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions", **documented(ChatRequest, "A chat about pictures"))
     async def chat_completions(request: Request) -> Response:
         with ExitStack() as place:
-            place.enter_context(service.admitted())
+            place.enter_context(service.admitted(request))
             body = await service.read(request, ChatRequest)
             service.check_model(body.model)
             chat = Chat(service, body)

@@ -21,7 +21,7 @@ def vector_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/embeddings", **documented(EmbeddingRequest, "Vectors of texts or of a picture"))
     async def embeddings(request: Request) -> Response:
-        with service.admitted():
+        with service.admitted(request):
             body = await service.read(request, EmbeddingRequest)
             service.check_model(body.model)
             return JSONResponse(await unless_gone(request, _embed(service, body)))
@@ -29,7 +29,7 @@ def vector_routes(service: Service) -> APIRouter:
     @router.post("/v1/score", **documented(ScoreRequest, "How well texts fit a picture"))
     @router.post("/score", include_in_schema=False)
     async def score(request: Request) -> Response:
-        with service.admitted():
+        with service.admitted(request):
             body = await service.read(request, ScoreRequest)
             service.check_model(body.model)
             return JSONResponse(await unless_gone(request, _score(service, body)))

@@ -46,6 +46,7 @@ class Service:
         self.created = int(time.time())
         self.is_ready = True
         self._num_admitted = 0
+        self._num_bytes = 0  # of their bodies
         self._ended: deque[float] = deque(maxlen=64)  # when the last answers were whole
         self._readers = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="blip2 reader")
         self.metrics.show("blip2_waiting", "Texts the model has not begun with", lambda: self.engine.num_waiting)
@@ -53,18 +54,23 @@ class Service:
         self.metrics.show("blip2_admitted", "Requests that are answered or wait", lambda: self._num_admitted)
 
     @contextlib.contextmanager
-    def admitted(self) -> Iterator[None]:
-        """A place among those that are answered; raises Fault 429 or 503 where there is none."""
+    def admitted(self, request: Request) -> Iterator[None]:
+        """A place among those that are answered, and room for the body; raises Fault 429 or 503 where there is none."""
         if not self.is_ready:
             raise Fault(503, "The server is being shut down and takes no more requests.", headers={"Retry-After": "5"})
-        if self._num_admitted >= self.settings.limits.admitted:
+        limits = self.settings.limits
+        length = request.headers.get("content-length", "")
+        num_bytes = int(length) if length.isdecimal() else limits.body_bytes  # of one that comes in pieces the most
+        if self._num_admitted >= limits.admitted or self._num_bytes + num_bytes > limits.bodies_bytes:
             busy = Busy(f"{self._num_admitted} requests are being answered already. Try again in a few seconds.")
             raise fault_of(busy, retry_after=self._seconds_to_wait())
         self._num_admitted += 1
+        self._num_bytes += num_bytes
         try:
             yield
         finally:
             self._num_admitted -= 1
+            self._num_bytes -= num_bytes
             self._ended.append(time.monotonic())
 
     def _seconds_to_wait(self) -> int:

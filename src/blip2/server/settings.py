@@ -19,6 +19,7 @@ class Limits:
         candidates: captions that are made to choose one from (`best_of`).
         max_tokens: of an answer.
         admitted: requests that are being answered or wait; more get 429.
+        bodies_bytes: of all requests that are being answered or wait together; more get 429.
         body_seconds: between two pieces of a request's body.
         whole_body_seconds: for all of it, or who sends a byte now and then keeps a place of `admitted`.
         send_seconds: that a client may leave a piece of its answer unread.
@@ -33,6 +34,7 @@ class Limits:
     candidates: int = 8
     max_tokens: int = 512
     admitted: int = 128
+    bodies_bytes: int = 400_000_000
     body_seconds: float = 20.0
     whole_body_seconds: float = 120.0
     send_seconds: float = 30.0
@@ -52,7 +54,7 @@ class ServerSettings:
         requests_per_minute: of one key, or without keys of one address; None: any number.
         system: said to the language model before every dialogue; "" for nothing.
         filter: sees what is asked and what is said; None: nobody does.
-        max_rows: how many texts are written side by side.
+        max_rows: how many texts are written side by side; None: as `Engine` finds best.
         limits: see Limits.
     """
 
@@ -64,5 +66,5 @@ class ServerSettings:
     requests_per_minute: int | None = None
     system: str = ""
     filter: Filter | None = None
-    max_rows: int = 16
+    max_rows: int | None = None
     limits: Limits = field(default_factory=Limits)
