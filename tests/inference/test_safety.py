@@ -14,7 +14,7 @@ from blip2.inference.safety import Filter, WordList, load_filter
         ("a very  Bad\nword here", True),
         ("ｂａｄ", True),
         ("cafe\u0301 au lait", True),
-        ("caf\u00e9", True),
+        ("café", True),
         ("badge", False),
         ("not-bad!", True),
         ("", False),
