@@ -3,14 +3,13 @@
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from blip2.inference.attention_maps import AttentionMaps, attention_maps, word_sources
 from blip2.server.dialogue import Prepared, prepare, read_question
 from blip2.server.documents import documented
 from blip2.server.faults import Fault
 from blip2.server.schemas import AttentionRequest
-from blip2.server.service import Service, unless_gone
+from blip2.server.service import Service
 
 ROOM = 64  # tokens of an answer, so that the prompt is the one it was given to
 
@@ -21,10 +20,7 @@ def attention_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/attention", **documented(AttentionRequest, "Where the model looked"))
     async def attention(request: Request) -> Response:
-        with service.admitted(request):
-            body = await service.read(request, AttentionRequest)
-            service.check_model(body.model)
-            return JSONResponse(await unless_gone(request, _look(service, body)))
+        return await service.answer(request, AttentionRequest, lambda body: _look(service, body))
 
     return router
 

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from blip2.server.documents import documented
 from blip2.server.faults import Fault
 from blip2.server.pictures import read_picture
 from blip2.server.schemas import EmbeddingRequest, ImagePart, Messages, ScoreRequest
-from blip2.server.service import Service, unless_gone
+from blip2.server.service import Service
 
 
 def vector_routes(service: Service) -> APIRouter:
@@ -21,18 +20,12 @@ def vector_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/embeddings", **documented(EmbeddingRequest, "Vectors of texts or of a picture"))
     async def embeddings(request: Request) -> Response:
-        with service.admitted(request):
-            body = await service.read(request, EmbeddingRequest)
-            service.check_model(body.model)
-            return JSONResponse(await unless_gone(request, _embed(service, body)))
+        return await service.answer(request, EmbeddingRequest, lambda body: _embed(service, body))
 
     @router.post("/v1/score", **documented(ScoreRequest, "How well texts fit a picture"))
     @router.post("/score", include_in_schema=False)
     async def score(request: Request) -> Response:
-        with service.admitted(request):
-            body = await service.read(request, ScoreRequest)
-            service.check_model(body.model)
-            return JSONResponse(await unless_gone(request, _score(service, body)))
+        return await service.answer(request, ScoreRequest, lambda body: _score(service, body))
 
     return router
 

@@ -98,7 +98,13 @@ class TextFormat(Strict):
     type: Literal["text"]
 
 
-class ChatRequest(Strict):
+class ModelRequest(Strict):
+    """What every request names: the model that is to answer."""
+
+    model: ShortText
+
+
+class ChatRequest(ModelRequest):
     """POST /v1/chat/completions.
 
     Attributes:
@@ -107,7 +113,6 @@ class ChatRequest(Strict):
         best_of: of a caption: how many are made, of which the one most similar to the picture is given.
     """
 
-    model: ShortText
     messages: Messages
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
@@ -139,19 +144,17 @@ class ChatRequest(Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
 
 
-class AttentionRequest(Strict):
+class AttentionRequest(ModelRequest):
     """POST /v1/attention: where the model looked for `answer`, the answer to the last of `messages`."""
 
-    model: ShortText
     messages: Messages
     answer: Annotated[str, StringConstraints(max_length=2000)]
     by_word: bool = False
 
 
-class EmbeddingRequest(Strict):
+class EmbeddingRequest(ModelRequest):
     """POST /v1/embeddings: of texts (`input`), or of a picture (`messages`, one user message, as vLLM takes it)."""
 
-    model: ShortText
     input: ComparedText | ComparedTexts | None = None
     messages: Messages | None = None
     encoding_format: Literal["float", "base64"] | None = None
@@ -164,10 +167,9 @@ class ScoredContent(Strict):
     content: Annotated[list[ImagePart], Field(min_length=1, max_length=1)]
 
 
-class ScoreRequest(Strict):
+class ScoreRequest(ModelRequest):
     """POST /v1/score: how well each text of `text_1` fits the picture `text_2`."""
 
-    model: ShortText
     text_1: ComparedText | ComparedTexts
     text_2: ScoredContent
     user: ShortText | None = None

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from blip2.errors import Busy
@@ -17,11 +18,12 @@ from blip2.inference.blip2 import Blip2
 from blip2.inference.engine import Engine
 from blip2.server.faults import Fault, fault_of
 from blip2.server.metrics import Metrics
+from blip2.server.schemas import ModelRequest
 from blip2.server.settings import ServerSettings
 
 MOST_COMMAS = 20_000  # in a body: of pydantic's errors one may come of each, a kilobyte long and 10 us of all threads
 NUM_READERS = 2  # threads that decode pictures and tokenise, beside the model's own
-Schema = TypeVar("Schema", bound=BaseModel)
+Schema = TypeVar("Schema", bound=ModelRequest)
 Result = TypeVar("Result")
 
 
@@ -90,6 +92,15 @@ class Service:
         except ClientDisconnect:
             raise Fault(499, "The client left.") from None
         return await unless_gone(request, self.in_reader(lambda: _parse(body, schema)))
+
+    async def answer(
+        self, request: Request, schema: type[Schema], work: Callable[[Schema], Awaitable[dict[str, Any]]]
+    ) -> JSONResponse:
+        """What `work` makes of the request's body, unless the client leaves before."""
+        with self.admitted(request):
+            body = await self.read(request, schema)
+            self.check_model(body.model)
+            return JSONResponse(await unless_gone(request, work(body)))
 
     async def in_reader(self, work: Callable[[], Result]) -> Result:
         """Does what reads (JSON, pictures, tokens) off the event loop, a few at a time.
