@@ -4,6 +4,7 @@
     ├── UserError             the command, the file or the recipe is at fault    exit code 2
     │   ├── BadImage          a file that is no picture, or one we refuse to decode
     │   ├── BadData           a data set that is missing, broken or of another version
+    │   │   └── BadSample     one sample of it, with the others sound
     │   ├── BadRecipe         a recipe with a wrong, unknown or contradictory field
     │   ├── MissingFile       a path that leads nowhere
     │   ├── MissingPart       a model that lacks what was asked of it
@@ -33,6 +34,23 @@ class BadImage(UserError):
 
 class BadData(UserError):
     """A data set that is missing, broken or made by another version."""
+
+
+class BadSample(BadData):
+    """One sample that cannot be used, while the others of its data set can.
+
+    Attributes:
+        sample_id: the sample's name in its data set.
+        where: the file it was to be read from.
+        reason: what is wrong, as the end of a sentence that begins with the file.
+    """
+
+    def __init__(self, sample_id: str, where: str, reason: str) -> None:
+        super().__init__(sample_id, where, reason)  # all three, so that it can be sent between processes
+        self.sample_id, self.where, self.reason = sample_id, where, reason
+
+    def __str__(self) -> str:
+        return f"Sample {self.sample_id!r} cannot be used: {self.where} {self.reason}."
 
 
 class BadRecipe(UserError):

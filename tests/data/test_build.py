@@ -6,6 +6,7 @@ import signal
 
 import pytest
 
+from blip2.cli.data import inspect
 from blip2.data.inspection import contact_sheet, describe
 from blip2.data.open_pairs import build
 from blip2.data.open_pairs.picture import is_held_out
@@ -121,12 +122,14 @@ def test_a_failed_build_cleans_up_and_keeps_the_old_set(packages):
 
 def test_a_set_can_be_looked_into(packages):
     folder = built(packages / "set")
-    told = describe(folder)
-    assert "train_scenes: 12 pictures" in told and "stamps/stamp-photo" in told and "count" in told
-    contact_sheet(folder, "train_scenes", packages / "sheet.png")
+    scenes, pairs = (open_split(folder, split) for split in ("train_scenes", "train_pairs"))
+    assert "12 pictures" in describe(scenes) and "count" in describe(scenes)
+    assert "stamps/stamp-photo" in describe(pairs)
+    contact_sheet(scenes, packages / "sheet.png")
     assert (packages / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_looking_into_nothing_says_how_to_make_a_set(tmp_path):
+def test_looking_into_nothing_says_how_to_make_a_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("BLIP2_HOME", str(tmp_path))
     with pytest.raises(MissingFile, match="blip2 data build"):
-        describe(tmp_path)
+        inspect()

@@ -9,13 +9,19 @@ class Question:
 
     Attributes:
         question: ends with a question mark.
-        answer: in words, lower case.
-        kind: what, count, colour, left, right, above, below, exists, relation, shape, ...
+        answer: the most frequent one, in words, lower case; "" where the data set keeps it to itself.
+        kind: what, count, colour, left, right, above, below, exists, relation, shape, ...; "" where none is known.
+        answers: what each of several people said, where several were asked; who is repeated weighs more.
+        choices: what there was to choose from, where the question is multiple choice.
+        id: the data set's own number, such as VQAv2's question_id.
     """
 
     question: str
     answer: str
     kind: str
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    id: str = ""
 
 
 @dataclass(frozen=True)

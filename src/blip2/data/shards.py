@@ -12,14 +12,19 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
+from blip2.data.pictures import ArchivePictures
+from blip2.data.records import Records
 from blip2.data.sample import Question, Sample
+from blip2.data.source import Source
 from blip2.errors import BadData, MissingFile
 
+Split = Source  # what `open_split` gives, for those who name the type
 VERSION = 1
 SAMPLES_PER_SHARD = 2000
 
@@ -37,17 +42,19 @@ class Shard:
 def write_split(
     folder: Path, split: str, samples: Iterable[Sample], *, per_shard: int = SAMPLES_PER_SHARD
 ) -> list[Shard]:
-    """Writes samples as shards of one split; the same samples give the same bytes."""
+    """Writes samples as shards of one split; the same samples give the same bytes. None is kept in memory."""
     shards: list[Shard] = []
-    waiting: list[Sample] = []
-    for sample in samples:
-        waiting.append(sample)
-        if len(waiting) == per_shard:
-            shards.append(_write_shard(folder, f"{split}-{len(shards):05d}", waiting))
-            waiting = []
-    if waiting:
-        shards.append(_write_shard(folder, f"{split}-{len(shards):05d}", waiting))
+    rest = iter(samples)
+    while (shard := write_shard(folder, split, len(shards), islice(rest, per_shard))) is not None:
+        shards.append(shard)
     return shards
+
+
+def write_shard(folder: Path, split: str, number: int, samples: Iterable[Sample]) -> Shard | None:
+    """Writes all samples as one shard, which has its name when it is whole; None where there are no samples."""
+    rest = iter(samples)
+    first = next(rest, None)
+    return None if first is None else _write_shard(folder, f"{split}-{number:05d}", chain([first], rest))
 
 
 def write_manifest(folder: Path, name: str, splits: dict[str, list[Shard]], **notes: Any) -> None:
@@ -85,14 +92,24 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def open_split(folder: Path | str, split: str) -> "Split":
+def open_split(folder: Path | str, split: str) -> Source:
     """The samples of a split by number; pictures are read from the shards when asked for.
 
     Raises:
         MissingFile: no data set there, or no such split.
         BadData: a shard or its index is missing or broken.
     """
-    return Split(Path(folder), _shards(Path(folder), split))
+    folder = Path(folder)
+    records = Records()
+    paths = [folder / shard.file for shard in _shards(folder, split)]
+    for number, path in enumerate(paths):
+        try:
+            for entry in json.loads(path.with_suffix(".idx.json").read_text(encoding="utf-8")):
+                records.append((number, int(entry["offset"]), int(entry["size"])), _sample(entry["sample"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise BadData(f"The index of {path} is missing or broken. Build again: blip2 data build --force.") from None
+    pictures = ArchivePictures([str(path) for path in paths], known_sha256=pictures_sha256(folder, split))
+    return Source(f"{folder} ({split})", records, pictures)
 
 
 def read_split(folder: Path | str, split: str) -> Iterator[Sample]:
@@ -122,43 +139,6 @@ def verify(folder: Path | str) -> None:
                 raise BadData(f"{path} was changed since it was built. Build again with: blip2 data build --force.")
 
 
-class Split(Sequence[Sample]):
-    """A split, held as its descriptions; `split[i].image` is read from disk at `split[i]`."""
-
-    def __init__(self, folder: Path, shards: Sequence[Shard]) -> None:
-        self._entries: list[tuple[Path, dict[str, Any]]] = []
-        for shard in shards:
-            path = folder / shard.file
-            try:
-                index = json.loads(path.with_suffix(".idx.json").read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                raise BadData(
-                    f"The index of {path} is missing or broken. Build again: blip2 data build --force."
-                ) from None
-            self._entries += [(path, entry) for entry in index]
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    @overload
-    def __getitem__(self, index: int) -> Sample: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Sample]: ...
-    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        path, entry = self._entries[index]
-        with open(path, "rb") as file:
-            file.seek(entry["offset"])
-            image = file.read(entry["size"])
-        return _sample(entry["sample"], image)
-
-    def described(self) -> Iterator[Sample]:
-        """All samples without their pictures (`image` is empty), which costs no reading."""
-        for _, entry in self._entries:
-            yield _sample(entry["sample"], b"")
-
-
 def _shards(folder: Path, split: str) -> list[Shard]:
     splits = read_manifest(folder)["splits"]
     if split not in splits:
@@ -171,14 +151,16 @@ def _shards(folder: Path, split: str) -> list[Shard]:
         ) from None
 
 
-def _write_shard(folder: Path, name: str, samples: Sequence[Sample]) -> Shard:
+def _write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> Shard:
     path = folder / f"{name}.tar"
+    partial = folder / f"{name}.tar.partial"
     index = []
     pictures = hashlib.sha256()
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
         for number, sample in enumerate(samples):
+            archive.members = []  # it would keep all
             key = f"{name.rsplit('-', 1)[1]}{number:05d}"
-            description = {k: v for k, v in asdict(sample).items() if k != "image"}
+            description = _description(sample)
             text = json.dumps(description, ensure_ascii=False).encode()
             offset = archive.offset + tarfile.BLOCKSIZE
             _add(archive, f"{key}.{_suffix(sample.image)}", sample.image)
@@ -187,7 +169,18 @@ def _write_shard(folder: Path, name: str, samples: Sequence[Sample]) -> Shard:
             pictures.update(sample.image)
             index.append({"offset": offset, "size": len(sample.image), "sample": description})
     path.with_suffix(".idx.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")
-    return Shard(path.name, _sha256(path), pictures.hexdigest(), len(samples))
+    os.replace(partial, path)
+    return Shard(path.name, _sha256(path), pictures.hexdigest(), len(index))
+
+
+def _description(sample: Sample) -> dict[str, Any]:
+    """All but the picture; of a question's later fields those that say something, as sets built before had none."""
+    described = {name: value for name, value in asdict(sample).items() if name != "image"}
+    for question in described["questions"]:
+        for name in ("answers", "choices", "id"):
+            if not question[name]:
+                del question[name]
+    return described
 
 
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
@@ -197,17 +190,21 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def _suffix(image: bytes) -> str:
-    if image.startswith(b"RIFF"):
-        return "webp"
-    return "png" if image.startswith(b"\x89PNG") else "jpg"
+    beginnings = {b"RIFF": "webp", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp"}
+    return next((suffix for beginning, suffix in beginnings.items() if image.startswith(beginning)), "jpg")
 
 
-def _sample(described: dict[str, Any], image: bytes) -> Sample:
+def _sample(described: dict[str, Any]) -> Sample:
     fields = dict(described)
     fields["captions"] = tuple(fields.get("captions", ()))
     fields["tags"] = tuple(fields.get("tags", ()))
-    fields["questions"] = tuple(Question(**question) for question in fields.get("questions", ()))
-    return Sample(image=image, **fields)
+    fields["questions"] = tuple(_question(question) for question in fields.get("questions", ()))
+    return Sample(image=b"", **fields)
+
+
+def _question(described: dict[str, Any]) -> Question:
+    lists = {name: tuple(described[name]) for name in ("answers", "choices") if name in described}
+    return Question(**{**described, **lists})
 
 
 def _sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
 from blip2.errors import BadImage, MissingFile
@@ -42,13 +43,17 @@ _UPRIGHT = {  # EXIF orientation -> what makes it upright
 }
 
 
-def load_image(source: ImageSource, *, name: str | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def load_image(
+    source: ImageSource, *, name: str | None = None, max_pixels: int = MAX_PIXELS, at_least: int | None = None
+) -> Image.Image:
     """The picture in RGB, upright by its EXIF tag, transparency laid over white; the first frame of an animation.
 
     Args:
         source: a path, the bytes of a file, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8.
         name: what error messages call it; the path where there is one.
         max_pixels: larger pictures are refused before they are decoded.
+        at_least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, several times as fast, as long as no side gets
+            shorter than this. The pixels are then means of blocks and differ from those of a resize by a little.
 
     Raises:
         MissingFile: the path leads nowhere.
@@ -69,6 +74,8 @@ def load_image(source: ImageSource, *, name: str | None = None, max_pixels: int 
     else:
         raise BadImage(f"An image is a path, bytes, a PIL image or an array, not {type(source).__name__}.")
     _check_size(image.size, name, max_pixels)
+    if at_least is not None and isinstance(image, JpegImageFile):
+        image.draft(None, (at_least, at_least))
     return _decode(image, name)
 
 

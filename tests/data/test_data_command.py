@@ -1,0 +1,80 @@
+"""`blip2 data shard` and `blip2 data inspect`, as typed."""
+
+import pytest
+from typer.testing import CliRunner
+
+from blip2.cli.data import app
+from blip2.data.inspection import check_pictures, contact_sheet, describe
+from blip2.data.layouts import open_source
+from blip2.data.shards import open_split
+from blip2.errors import UserError
+from blip2.preprocessing.images import load_image
+from tests.data.written import encoded, put, told
+
+
+@pytest.fixture
+def table(tmp_path):
+    for number in range(8):
+        put(tmp_path / "pictures", f"{number}.jpg", number)
+    (tmp_path / "pictures" / "8.jpg").write_bytes((tmp_path / "pictures" / "7.jpg").read_bytes())
+    (tmp_path / "pictures" / "9.jpg").write_bytes(encoded(9)[:300])
+    rows = [f"{number}.jpg,a caption of {'very ' * number}many words" for number in range(9)]
+    (tmp_path / "t.csv").write_text("\n".join(["file,words", *rows, "9.jpg,a caption of many words", "0.jpg,second"]))
+    return tmp_path / "t.csv"
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+COLUMNS = ["--column", "image=file", "--column", "caption=words"]
+
+
+def test_shard_then_inspect(table, tmp_path):
+    options = ["--images", tmp_path / "pictures", *COLUMNS, "--stop-share", 0.5, "--workers", 2]
+    done = run("shard", table, tmp_path / "out", *options, "--size", 16, "--format", "webp", "--as", "mine")
+    assert done.exit_code == 0 and str(tmp_path / "out") in done.stdout and "9 samples packed" in done.stderr
+    samples = open_split(tmp_path / "out", "mine")
+    assert len(samples) == 9 and samples[0].image.startswith(b"RIFF")
+    told_of = run("inspect", tmp_path / "out", "--verify", "--sheet", tmp_path / "sheet.png", "--workers", 0)
+    assert "mine: 9 pictures, 10 captions" in told_of.stdout and "9 decoded, 0 bad, 1 repeat" in told_of.stdout
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_tells_of_any_source(table, tmp_path):
+    found = run("inspect", table, "--images", tmp_path / "pictures", *COLUMNS, "--workers", 0).stdout
+    assert "10 pictures, 11 captions, 0 questions" in found
+    assert "captions an image: 1: 9, 2: 1" in found
+    assert "10 different, 9.1% repeat another one" in found
+    assert "words a caption: 1-13, median 8" in found
+    assert "10 decoded, 1 bad, 1 repeat another" in found and "9.jpg" in found
+    assert "#" in found
+
+
+def test_wrong_options_are_explained(table, tmp_path):
+    for arguments, message in (
+        (["--format", "tiff"], "--format is one of keep, jpeg, webp"),
+        (["--column", "image"], "--column is ROLE=NAME"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run("shard", table, tmp_path / "out", *arguments)
+
+
+def test_a_sheet_shows_what_is_bad_and_goes_on(table, tmp_path):
+    source = open_source(str(table), images=str(tmp_path / "pictures"), columns={"image": "file", "caption": "words"})
+    contact_sheet(source, tmp_path / "sheet.png", load_image)
+    assert load_image(tmp_path / "sheet.png").size[0] > 0
+
+
+def test_a_sample_of_a_large_source_is_decoded_and_with_verify_all(tmp_path):
+    put(tmp_path, "a.jpg")
+    rows = [
+        f"{'a' if number else 'gone'}{number if number % 300 == 299 else ''}.jpg,c{number}" for number in range(900)
+    ]
+    (tmp_path / "t.jsonl").write_text(
+        "\n".join(f'{{"image": "{row.split(",")[0]}", "caption": "x", "id": {n}}}' for n, row in enumerate(rows))
+    )
+    source = open_source(str(tmp_path / "t.jsonl"))
+    assert [name for name, _ in told(source)][:2] == ["gone.jpg", "a.jpg"]
+    assert check_pictures(source, load_image, every=True).bad[0].startswith("Sample 'gone.jpg'")
+    assert "pictures" in describe(source)
