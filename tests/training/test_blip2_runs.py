@@ -9,9 +9,9 @@ import torch
 from blip2.checkpoints import frozen, lavis, native
 from blip2.errors import BadRecipe, MissingFile, UserError
 from blip2.training import compiled
-from blip2.training.build import bridge_weights
 from blip2.training.export import export
 from blip2.training.loop import train
+from blip2.training.starting import bridge_weights
 from blip2.training.state import MODEL, OPTIMIZER, newest_checkpoint
 
 from .tiny_blip2 import build_in, make_parts, run_blip2, tiny_recipe

@@ -10,7 +10,8 @@ from blip2.errors import BadRecipe
 from blip2.training.export import export
 from blip2.training.instruct import NOT_LISTED, AnswerBatch, list_answers
 from blip2.training.loop import train
-from blip2.training.recipe import Recipe, recipe_from_settings, to_settings
+from blip2.training.recipe import recipe_from_settings, to_settings
+from blip2.training.sections import Recipe
 from blip2.training.state import MODEL, OPTIMIZER, newest_checkpoint
 
 from .tiny_blip2 import COLOURS, build_in, make_parts, tiny_recipe, train_telling

@@ -19,7 +19,7 @@ def outcome(run_dir: Path) -> dict:
     """All that a run leaves, but for how long it took."""
     checkpoint = newest_checkpoint(run_dir)
     state = json.loads((checkpoint / STATE).read_text())
-    del state["counters"]["seconds"]
+    del state["counters"]["seconds"], state["counters"]["waited"]
     lines = [{name: value for name, value in line.items() if name not in TIMING} for line in read_metrics(run_dir)]
     files = {name: (checkpoint / name).read_bytes() for name in (MODEL, OPTIMIZER)}
     return {"checkpoint": checkpoint.name, "state": state, "lines": lines, **files}

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from blip2.training.optimizer import build_optimizer, learning_rate, parameter_groups
-from blip2.training.recipe import OptimizerSection
+from blip2.training.sections import OptimizerSection
 
 SECTION = OptimizerSection(
     learning_rate=1.0, min_learning_rate=0.2, warmup_learning_rate=0.1, warmup_steps=9, max_grad_norm=0.0

@@ -26,12 +26,12 @@ def trained(num_steps=3):
 
 def save(run_dir, *steps):
     module, optimizer = trained()
-    return [state.save_checkpoint(run_dir, module, optimizer, {"step": step}) for step in steps]
+    return [state.write(run_dir, state.take_snapshot(module, optimizer, {"step": step})) for step in steps]
 
 
 def test_a_restored_model_and_optimizer_have_the_same_bits(tmp_path):
     module, optimizer = trained()
-    checkpoint = state.save_checkpoint(tmp_path, module, optimizer, {"step": 3})
+    checkpoint = state.write(tmp_path, state.take_snapshot(module, optimizer, {"step": 3}))
     fresh = TinyModel()
     fresh_optimizer = build_optimizer(fresh, tiny_recipe().optimizer)
     state.restore(checkpoint, fresh, fresh_optimizer)

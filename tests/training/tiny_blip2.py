@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw
 from blip2.data.sample import Question, Sample
 from blip2.data.shards import write_manifest, write_split
 from blip2.training.loop import Job, Summary, train
-from blip2.training.recipe import Recipe, recipe_from_settings
+from blip2.training.recipe import recipe_from_settings
+from blip2.training.sections import Recipe
 
 from .tiny_run import telling
 

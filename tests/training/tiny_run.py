@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from blip2.data.order import mixture_draw
 from blip2.training.loop import Job, Summary, train
-from blip2.training.recipe import Recipe, apply_overrides, parse_recipe
+from blip2.training.recipe import apply_overrides, parse_recipe
+from blip2.training.sections import Recipe
 
 RECIPE = """
 stage: stage1

@@ -32,8 +32,8 @@ def export(
     Runs of one part that began from one another can be averaged, which often does better than each alone:
     --stage1 first=0.3 --stage1 second=0.7
     """
-    from blip2.training.build import run_folder
     from blip2.training.export import export as write
+    from blip2.training.starting import run_folder
 
     runs = {
         part: {run_folder(run): weight for run, weight in map(_run_and_weight, given or [])}

@@ -24,12 +24,17 @@ def train(
         str,
         typer.Option(metavar="auto|never|PATH", help="Go on from the run's newest checkpoint, start anew, or PATH."),
     ] = "auto",
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Processes on this machine, one a GPU; as torchrun starts them.")
+    ] = None,
     show: Annotated[bool, typer.Option("--show", help="Print the resolved recipe, each setting explained.")] = False,
 ) -> None:
     """Train a model by a recipe.
 
     A run that was stopped, even by a crash, goes on when the same command is run again; the result is that of an
-    uninterrupted run. SIGTERM and Ctrl-C save and leave.
+    uninterrupted run. SIGTERM, SIGUSR1 and Ctrl-C save and leave.
+
+    On several GPUs: --devices 8. On several machines: torchrun (its options) -m blip2 train RECIPE.
     """
     from blip2.training.recipe import apply_overrides, read_recipe, to_yaml
 
@@ -45,10 +50,15 @@ def train(
         typer.echo(to_yaml(chosen, with_help=True), nl=False)
         return
 
-    from blip2 import paths
+    from blip2 import distributed, paths
+
+    if devices and devices > 1 and not distributed.is_launched():
+        distributed.launch_again(devices)
+
     from blip2.training import loop
     from blip2.training.build import build
 
     run_dir = out or paths.runs_dir() / chosen.name
     run_dir.mkdir(parents=True, exist_ok=True)
-    loop.train(build(chosen, run_dir), chosen, run_dir, resume)
+    with distributed.joined():
+        loop.train(build(chosen, run_dir), chosen, run_dir, resume)

@@ -33,6 +33,10 @@ class KeyValue:
         """Those of the batch rows numbered `rows` (index_select: its backward adds faster than that of `[rows]`)."""
         return KeyValue(self.key.index_select(0, rows), self.value.index_select(0, rows))
 
+    def above(self, other: "KeyValue") -> "KeyValue":
+        """These with the batch rows of `other` below them."""
+        return KeyValue(torch.cat([self.key, other.key]), torch.cat([self.value, other.value]))
+
     def then(self, other: "KeyValue") -> "KeyValue":
         """These followed by `other`, along the sequence."""
         return KeyValue(torch.cat([self.key, other.key], dim=2), torch.cat([self.value, other.value], dim=2))
@@ -44,6 +48,14 @@ ImageKeyValues = dict[int, KeyValue]  # layer number -> the image's keys and val
 def select_images(image: ImageKeyValues, rows: Tensor) -> ImageKeyValues:
     """The keys and values of the images numbered `rows`, in that order; repeats are allowed."""
     return {layer: pair.rows(rows) for layer, pair in image.items()}
+
+
+def join_images(*parts: ImageKeyValues) -> ImageKeyValues:
+    """The keys and values of several batches of images, one batch after the other."""
+    joined, *others = parts
+    for other in others:
+        joined = {layer: pair.above(other[layer]) for layer, pair in joined.items()}
+    return joined
 
 
 @dataclass(frozen=True)

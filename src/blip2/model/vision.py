@@ -1,6 +1,7 @@
 """What an image encoder must offer, and how any Hugging Face vision tower offers it.
 
-An image encoder is frozen: it turns pictures into image features and never learns. The paper removes the tower's last
+An image encoder is frozen: it turns pictures into image features and does not learn, but where a run that fine-tunes
+asks it to (`unfreeze`). The paper removes the tower's last
 layer and takes what the second-last one gives (section 4.1), with no norm after it: the norm over image features is the
 Q-Former's own, trained with it.
 
@@ -61,6 +62,10 @@ class ImageEncoder(nn.Module):
         """Of the weights, and so of the features."""
         return next(self.network.parameters()).dtype
 
+    def unfreeze(self) -> None:
+        """Lets gradients through and into the weights, for fine-tuning; dropout stays asleep, as in LAVIS."""
+        self.network.requires_grad_(True)
+
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode whatever is asked."""
         return super().train(False)
@@ -69,9 +74,8 @@ class ImageEncoder(nn.Module):
         """Image features (B, N, Dv) of pixel_values (B, 3, H, W), already in the dtype of the weights."""
         raise NotImplementedError(f"{type(self).__name__} must define encode(pixel_values).")
 
-    @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Image features, without gradient.
+        """Image features; without gradient, unless it was unfrozen.
 
         Args:
             pixel_values: (B, 3, H, W), normalised with image_mean and image_std.
@@ -79,7 +83,9 @@ class ImageEncoder(nn.Module):
         Returns:
             (B, N, Dv), in the dtype of the weights.
         """
-        return self.encode(pixel_values.to(self.dtype))
+        trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.network.parameters())
+        with torch.set_grad_enabled(trains):
+            return self.encode(pixel_values.to(self.dtype))
 
 
 @dataclass(frozen=True)

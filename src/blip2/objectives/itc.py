@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -18,21 +19,41 @@ class Similarities:
     text_to_image: Tensor
 
 
-def image_text_similarity(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+def image_text_similarity(image_embeds: Tensor, text_embeds: Tensor, *, chunk: int = 0) -> Tensor:
     """Cosine similarity of each image with each text: that of the image's best query.
 
     Args:
         image_embeds: (B, Q, E), unit length along E.
         text_embeds: (C, E), unit length along E.
+        chunk: images or texts at once, along the longer side, computed again in the backward pass: what is kept is
+            (B, C) and not (B, C, Q). 0: all at once.
 
     Returns:
         (B, C), in [-1, 1].
     """
+    if not chunk or max(len(image_embeds), len(text_embeds)) <= chunk:
+        return _best_query(image_embeds, text_embeds)
+    if len(text_embeds) >= len(image_embeds):
+        return torch.cat([_again(image_embeds, part) for part in text_embeds.split(chunk)], dim=1)
+    return torch.cat([_again(part, text_embeds) for part in image_embeds.split(chunk)])
+
+
+def _best_query(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
     return torch.einsum("bqe,ce->bcq", image_embeds, text_embeds).amax(dim=-1)
 
 
+def _again(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    return checkpoint(_best_query, image_embeds, text_embeds, use_reentrant=False)
+
+
 def similarities(
-    image_embeds: Tensor, text_embeds: Tensor, all_image_embeds: Tensor, all_text_embeds: Tensor, temperature: Tensor
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    all_image_embeds: Tensor,
+    all_text_embeds: Tensor,
+    temperature: Tensor,
+    *,
+    chunk: int = 0,
 ) -> Similarities:
     """Similarities divided by the temperature.
 
@@ -40,10 +61,11 @@ def similarities(
         image_embeds, text_embeds: (B, Q, E) and (B, E) of this rank.
         all_image_embeds, all_text_embeds: (W, Q, E) and (W, E) of the world.
         temperature: scalar.
+        chunk: of the world's images or texts at once, as in `image_text_similarity`.
     """
     return Similarities(
-        image_to_text=image_text_similarity(image_embeds, all_text_embeds) / temperature,
-        text_to_image=image_text_similarity(all_image_embeds, text_embeds).T / temperature,
+        image_to_text=image_text_similarity(image_embeds, all_text_embeds, chunk=chunk) / temperature,
+        text_to_image=image_text_similarity(all_image_embeds, text_embeds, chunk=chunk).T / temperature,
     )
 
 

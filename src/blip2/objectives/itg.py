@@ -11,12 +11,15 @@ def caption_inputs(input_ids: Tensor, bos_id: int) -> Tensor:
     return replaced
 
 
-def itg_loss(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.1) -> Tensor:
+def itg_loss(logits: Tensor, targets: Tensor, count: Tensor | None = None, *, label_smoothing: float = 0.1) -> Tensor:
     """Mean cross-entropy over real tokens.
 
     Args:
         logits: (M, V), the predictions of M tokens.
         targets: (M,), the tokens.
+        count: divides the sum; None: M.
         label_smoothing: LAVIS uses 0.1.
     """
-    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+    if count is None:
+        return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing)
+    return F.cross_entropy(logits.float(), targets, label_smoothing=label_smoothing, reduction="sum") / count

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 
-def mean_over_tokens(token_losses: Tensor, target_mask: Tensor) -> Tensor:
-    """Mean of (B, T) token losses over the real target tokens of the whole batch."""
-    return token_losses.sum() / target_mask.sum()
+def mean_over_tokens(token_losses: Tensor, target_mask: Tensor, count: Tensor | None = None) -> Tensor:
+    """Mean of (B, T) token losses over the real target tokens of the whole batch; `count` divides instead if given."""
+    return token_losses.sum() / (target_mask.sum() if count is None else count)
 
 
 def split_caption(caption: str, draw: float) -> tuple[str, str]:

@@ -1,6 +1,9 @@
 """From the position in a run to the batch there: which samples, which view, which text, all from the seed alone.
 
-positions of batch i -> data/order.py -> (source, sample) -> features of a view + tokens -> Stage1Batch, Stage2Batch
+positions of batch i -> data/order.py -> (source, sample) -> image of a view + tokens -> Stage1Batch, Stage2Batch
+
+Each rank reads its part of the positions. A sample whose picture cannot be read is counted and listed, and another one
+of its source, which follows from the position too, stands in for it.
 """
 
 import hashlib
@@ -11,36 +14,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from blip2.data.features import FeatureCache
 from blip2.data.neighbours import Neighbours
-from blip2.data.order import Draw, mixture_draw
+from blip2.data.order import Draw, mixture_draw, sample_index
 from blip2.data.sample import Question, Sample
+from blip2.distributed import rank, world_size
+from blip2.errors import BadData, BadSample
 from blip2.inference.stage1_losses import Stage1Batch
 from blip2.model.stage1 import Text
 from blip2.objectives.language_modeling import split_caption
 from blip2.preprocessing.prompts import question_prompt
 from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer, TextBatch
+from blip2.training.images import Images
 from blip2.training.instruct import NOT_LISTED, AnswerBatch, InstructBatch
-from blip2.training.recipe import DataSection
+from blip2.training.sections import DataSection
 from blip2.training.stage2 import Stage2Batch
+
+TRIES = 20  # other samples that may stand in for one that cannot be read
 
 
 @dataclass(frozen=True)
 class Source:
-    """A split with its image features.
+    """A split with its images.
 
     Attributes:
-        samples: the split's texts; the pictures are in `features`.
-        features: row `sample * num_views + view`.
-        num_views: cached views of a picture.
+        samples: the split's texts.
+        images: their pictures, or image features, by the same number.
         weight: share in the mixture.
         questions: (sample, question) pairs when the task is answering, else None.
         neighbours: samples of near captions; None where none are drawn.
     """
 
     samples: Sequence[Sample]
-    features: FeatureCache
-    num_views: int
+    images: Images
     weight: float
     questions: Sequence[tuple[int, Question]] | None = None
     neighbours: Neighbours | None = None
@@ -51,10 +56,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Item:
-    """One sample of a batch: its picture, the feature row of the view, and its question if that is the task."""
+    """One sample of a batch: its texts, its image or image features, and its question if that is the task."""
 
     sample: Sample
-    features: np.ndarray
+    image: Tensor
     question: Question | None
     rng: np.random.Generator
 
@@ -65,7 +70,7 @@ class ItemReader:
     def __init__(self, sources: Sequence[Source], data: DataSection, seed: int) -> None:
         self.sources = sources
         self.seed = seed
-        self.image_token_share = data.image_token_share
+        self._faults: list[BadSample] = []
         self.neighbour_share = data.neighbour_share
         self._weights = [source.weight for source in sources]
         self._sizes = [len(source) for source in sources]
@@ -74,19 +79,33 @@ class ItemReader:
         """The samples at positions first ... first + count - 1 of the run."""
         return [self._item(position) for position in range(first, first + count)]
 
+    def take_faults(self) -> list[BadSample]:
+        """The bad samples met since this was last asked."""
+        taken, self._faults = self._faults, []
+        return taken
+
+    def own_items(self, number: int, batch_size: int) -> list[Item]:
+        """This rank's part of the samples at positions number * batch_size and after."""
+        share = batch_size // world_size()
+        return self.items(number * batch_size + rank() * share, share)
+
     def _item(self, position: int) -> Item:
         draw = mixture_draw(self.seed, position, self._weights, self._sizes)
         rng = np.random.default_rng([self.seed, 1, position])
         if self.neighbour_share and position and rng.random() < self.neighbour_share:
             draw = self._beside(position - 1, rng) or draw
         source = self.sources[draw.source]
-        index, question = (draw.index, None) if source.questions is None else source.questions[draw.index]
-        view = int(rng.integers(source.num_views))
-        features = source.features.read(index * source.num_views + view)  # (N, Dv)
-        if self.image_token_share < 1:
-            kept = max(1, round(len(features) * self.image_token_share))
-            features = features[np.sort(rng.permutation(len(features))[:kept])]
-        return Item(source.samples[index], features, question, rng)
+        place = draw.index
+        for attempt in range(TRIES):
+            index, question = (place, None) if source.questions is None else source.questions[place]
+            try:
+                image = source.images.read(index, rng)
+            except BadSample as error:
+                self._faults.append(error)
+                place = sample_index((self.seed, draw.source, attempt + 1), position, len(source))
+                continue
+            return Item(source.samples[index], image, question, rng)
+        raise BadData(f"{TRIES} samples in a row cannot be read, the last one {source.samples[index].id}.")
 
     def _beside(self, position: int, rng: np.random.Generator) -> Draw | None:
         """A neighbour of the sample that stands at a position of the mixture; None where its source has none."""
@@ -103,7 +122,7 @@ class Stage1Batches:
 
     def __call__(self, number: int) -> Stage1Batch:
         """The batch at positions number * batch_size and after."""
-        items = self.reader.items(number * self.batch_size, self.batch_size)
+        items = self.reader.own_items(number, self.batch_size)
         captions = [self._caption(item) for item in items]
         told = [self._told(item, caption) for item, caption in zip(items, captions, strict=True)]
         return Stage1Batch(
@@ -111,6 +130,7 @@ class Stage1Batches:
             text=self._tokens(captions),
             groups=groups([item.sample for item in items]),
             told=self._tokens(told) if told != captions else None,
+            chance=torch.from_numpy(np.stack([item.rng.random(2) for item in items])),
         )
 
     def _tokens(self, texts: Sequence[str]) -> Text:
@@ -164,7 +184,7 @@ class Stage2Batches:
 
     def __call__(self, number: int) -> Stage2Batch:
         """The batch at positions number * batch_size and after."""
-        items = self.reader.items(number * self.batch_size, self.batch_size)
+        items = self.reader.own_items(number, self.batch_size)
         texts = [self.texts(item) for item in items]
         answer, caption = self.data.max_answer_length, self.data.max_text_length
         limits = [caption if item.question is None else answer for item in items]
@@ -217,7 +237,7 @@ class InstructBatches:
 
     def __call__(self, number: int) -> InstructBatch:
         """The batch at positions number * batch_size and after, and number * num_listed and after."""
-        items = self.reader.items(number * self.num_listed, self.num_listed)
+        items = self.reader.own_items(number, self.num_listed)
         asked, _, answered = zip(*(self.spoken.texts(item) for item in items), strict=True)
         numbers = torch.tensor([self.number_of.get(answer, NOT_LISTED) for answer in answered])
         instruction = self.spoken.instruction(asked)
@@ -243,4 +263,4 @@ def groups(samples: Sequence[Sample]) -> Tensor:
 
 
 def _stacked(items: Sequence[Item]) -> Tensor:
-    return torch.from_numpy(np.stack([item.features for item in items])).float()  # (B, N, Dv)
+    return torch.stack([item.image for item in items])  # (B, N, Dv) or (B, 3, H, W)

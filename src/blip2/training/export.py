@@ -13,8 +13,9 @@ from blip2.preprocessing.prompts import CAPTION_INSTRUCTION, CAPTION_PROMPT, QUE
 from blip2.preprocessing.text import QFormerTokenizer
 from blip2.registry import PACKAGES
 from blip2.training import state
-from blip2.training.build import qformer_config
-from blip2.training.recipe import Recipe, recipe_from_settings, to_settings
+from blip2.training.parts import qformer_config
+from blip2.training.recipe import recipe_from_settings, to_settings
+from blip2.training.sections import Recipe
 
 MODEL = "model."
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"

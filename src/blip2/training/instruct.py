@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from blip2.distributed import share_of
 from blip2.model.stage1 import Text
 from blip2.model.stage2 import Blip2Stage2
+from blip2.training.seeing import seen
 from blip2.training.stage2 import Stage2Batch, Stage2Step
 
 NOT_LISTED = -100
@@ -72,6 +74,7 @@ class InstructStep(nn.Module):
 
     def classify(self, batch: AnswerBatch) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy over the samples whose answer is listed, and the share of them told rightly."""
+        batch = seen(self.model, batch)
         queries = self.model.query_output(batch.image_features, batch.instruction)  # (B, Q, D)
         logits = self.classifier(queries.flatten(1)).float()  # (B, A)
         is_listed = batch.answer != NOT_LISTED
@@ -80,7 +83,7 @@ class InstructStep(nn.Module):
         )
         num_listed = is_listed.sum().clamp(min=1)  # a batch without any has loss 0, not 0 / 0
         right = ((logits.detach().argmax(dim=1) == batch.answer) & is_listed).sum() / num_listed
-        return total / num_listed, right
+        return total / share_of(num_listed), right
 
 
 def list_answers(counted: dict[str, int], most: int) -> list[str]:

@@ -1,79 +1,47 @@
 """The training loop: step, accumulate, clip, log, evaluate, save, stop.
 
-    batches(i) --(one ahead)--> forward, backward --> clip --> AdamW --> log . checkpoint . evaluate
-                                     |                 |
-                                     +-- not finite? --+--> nothing changes, the skip is counted
+    batches(i) --(some ahead)--> forward, backward --> clip --> AdamW --> log . checkpoint . evaluate
+                                      |                 |
+                                      +-- not finite? --+--> nothing changes, the skip is counted
 
-All that a step draws at random follows from (recipe.seed, step), and its samples from their positions. So a checkpoint
-needs no reader's state, and a resumed run repeats the uninterrupted one bit for bit on a CPU.
+All that a step draws at random follows from (recipe.seed, step, rank), and its samples from their positions. So a
+checkpoint needs no reader's state, and a resumed run repeats the uninterrupted one bit for bit on a CPU.
+
+Under torchrun each rank computes its share of every batch. Gradients and losses are averaged, so all ranks take the
+same decisions: what to skip, when to stop. The first rank alone writes and reports; the run's folder is shared.
 """
 
-import base64
 import dataclasses
 import errno
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
+from blip2 import distributed
 from blip2.errors import BadRecipe, Blip2Error
 from blip2.training import state as checkpoints
+from blip2.training.averages import RunningAverage
 from blip2.training.compiled import without_compiling
+from blip2.training.devices import resolve_precision
+from blip2.training.job import Job, Metrics, StepParts, Summary
+from blip2.training.keeper import Best, Keeper, better, read_best
 from blip2.training.optimizer import build_optimizer, learning_rate
-from blip2.training.prefetch import prefetched
 from blip2.training.progress import CurvePainter, MetricsLog, Reporter, duration
-from blip2.training.recipe import Recipe, differences, recipe_from_settings, to_settings, to_yaml
+from blip2.training.recipe import to_settings, to_yaml
+from blip2.training.resuming import check_same_recipe, fetched
+from blip2.training.sections import Recipe
+from blip2.training.sharding import replicate
 from blip2.training.signals import BrokenOff, StopSignals
+from blip2.training.step import StepOutcome, Stepper
+from blip2.training.watch import COMPUTING, READING, HangWatch
 
 MOST_SKIPS_IN_A_ROW = 20
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-FREE_TO_CHANGE = {"name", "training.log_every", "training.checkpoint_every", "training.keep", "training.evaluate_every"}
-
-Metrics = dict[str, float]
-
-
-@dataclass
-class Job:
-    """What a run trains, on what, and how it is judged.
-
-    Attributes:
-        module: forward(batch) gives scalars by name; "loss" is minimised, the others are logged.
-        batches: index -> batch, the same for the same index. Batch i holds the samples at the run's positions
-            i * micro_batch_size ... (i + 1) * micro_batch_size - 1, and a step takes `accumulation` batches in turn.
-            Called in another thread: it must not draw from torch's global generator.
-        evaluators: (every so many steps, function giving metrics); each runs after the last step too, and 0 means only
-            then. The module is in eval mode meanwhile, and no gradients are recorded.
-    """
-
-    module: nn.Module
-    batches: Callable[[int], Any]
-    evaluators: Sequence[tuple[int, Callable[[], Mapping[str, float]]]] = ()
-
-
-@dataclass(frozen=True)
-class Summary:
-    """How a run ended.
-
-    Attributes:
-        step: steps made in all.
-        finished: whether these are all of the recipe's steps; if not, the run was told to stop.
-        skipped: steps that changed nothing, since loss or gradient were not finite.
-        checkpoint: the last one.
-        metrics: of the last evaluation, else of the last log line.
-    """
-
-    step: int
-    finished: bool
-    skipped: int
-    checkpoint: Path
-    metrics: Metrics
 
 
 @dataclass
@@ -84,6 +52,9 @@ class Counters:
     skipped: int = 0
     skipped_in_a_row: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
+    usual_norm: float = 0.0
+    evaluations_since_best: int = 0
     window_steps: int = 0
     window: Metrics = field(default_factory=dict)
 
@@ -108,16 +79,14 @@ def train(job: Job, recipe: Recipe, run_dir: str | Path, resume: str | Path = "a
     run_dir.mkdir(parents=True, exist_ok=True)
     if recipe.training.threads:
         torch.set_num_threads(recipe.training.threads)
-    with checkpoints.only_writer(run_dir):
-        run = Run(job, recipe, run_dir, resume)
+    with checkpoints.only_writer(run_dir) if distributed.is_first() else nullcontext():
         try:
-            return run.go()
+            with closing(Run(job, recipe, run_dir, resume)) as run:
+                return run.go()
         except OSError as fault:
             if fault.errno in NO_ROOM:
                 raise Blip2Error(_no_room(run_dir, fault)) from None
             raise
-        finally:
-            run.close()
 
 
 class Run:
@@ -125,22 +94,34 @@ class Run:
 
     def __init__(self, job: Job, recipe: Recipe, run_dir: Path, resume: str | Path):
         self.job, self.recipe, self.run_dir = job, recipe, run_dir
+        training = recipe.training
         self.optimizer = build_optimizer(job.module, recipe.optimizer)
         self.device = next(job.module.parameters()).device
-        self.precision = resolve_precision(recipe.training.precision, self.device)
+        self.precision = resolve_precision(training.precision, self.device)
+        self.average = RunningAverage(job.module, training.ema_decay) if training.ema_decay else None
+        notices = fetched(run_dir, training.mirror) if resume == "auto" else []
+        distributed.wait_for_all()
         start = checkpoints.choose_start(run_dir, resume)
-        notices = _check_same_recipe(start, recipe, run_dir, resume) if start else []
+        notices += check_same_recipe(start, recipe, run_dir, resume) if start else []
         self.counters = Counters() if start is None else self._take_up(start)
-        notices += [
-            f"Removed {path}: torn, or past the start"
-            for path in checkpoints.discard_after(run_dir, self.counters.step)
-        ]
-        (run_dir / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
-        self.log = MetricsLog(run_dir, self.counters.step)
+        module = replicate(job.module, leaves_some_out=job.leaves_some_out)
+        self.stepper = Stepper(module, self.optimizer, self.average, recipe, self.precision)
+        distributed.wait_for_all()  # all have read the start before anything past it is removed
+        self.reporter = Reporter(training.steps, self.counters.step, is_silent=not distributed.is_first())
+        self.log = MetricsLog(run_dir, self.counters.step, is_read_only=not distributed.is_first())
         self.painter = CurvePainter(run_dir)
-        self.reporter = Reporter(recipe.training.steps, self.counters.step)
+        self.keeper = Keeper(run_dir, training.keep, training.mirror)
+        if distributed.is_first():
+            removed = checkpoints.discard_after(run_dir, self.counters.step)
+            notices += [f"Removed {path}: torn, or past the start" for path in removed]
+            (run_dir / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+        self.best = read_best(run_dir)
+        self.watch = HangWatch(
+            run_dir, distributed.rank(), training.hang_seconds if distributed.world_size() > 1 else 0
+        )
         self.metrics: Metrics = {}
-        self._last_line = (self.counters.step, self.counters.seconds)
+        self._was_told_to_stop = False
+        self._last_line = (self.counters.step, self.counters.seconds, self.counters.waited)
         for line in [*notices, *self._opening(start)]:
             self.reporter.say(line)
 
@@ -148,12 +129,20 @@ class Run:
         """Makes the steps that are left."""
         counters, training = self.counters, self.recipe.training
         self.job.module.train()
-        with StopSignals() as stop, prefetched(self._step_batches, counters.step, training.steps) as batches:
+        with ExitStack() as inside:
+            stop = inside.enter_context(StopSignals())
+            batches = inside.enter_context(self.job.reading(counters.step, training.steps, training.accumulation))
+            inside.enter_context(self.watch.watching())
             self._evaluate_if_due(stop)  # a run stopped during an evaluation makes up for it
-            while counters.step < training.steps and not stop.asked:
+            while counters.step < training.steps and not self._is_over(stop):
                 begin = time.perf_counter()
-                outcome = self._step(next(batches))
-                self._count(outcome, time.perf_counter() - begin)
+                self.watch.at(counters.step, READING)
+                ready = self._without_faults(next(batches))
+                waited = time.perf_counter() - begin
+                self.watch.at(counters.step, COMPUTING)
+                outcome = self.stepper.make(counters.step, ready, counters.usual_norm, lambda: bool(stop.asked))
+                self._was_told_to_stop = outcome.is_told_to_stop
+                self._count(outcome, time.perf_counter() - begin, waited)
                 if counters.step % training.log_every == 0 or counters.step == training.steps:
                     self._log_window()
                 if counters.step % training.checkpoint_every == 0 and counters.step < training.steps:
@@ -161,60 +150,39 @@ class Run:
                 self._evaluate_if_due(stop)
             return self._end(stop)
 
+    def _is_over(self, stop: StopSignals) -> bool:
+        """Whether a signal, at any rank, or early stopping ends the run; the same on all ranks."""
+        patience = self.recipe.training.early_stop
+        if patience and self.counters.evaluations_since_best >= patience:
+            return True
+        return self._was_told_to_stop if distributed.world_size() > 1 else bool(stop.asked)
+
     def close(self) -> None:
         """Closes the log and takes the bar away."""
+        self.keeper.close()
         self.log.close()
         self.reporter.close()
 
-    # One step
-
-    def _step_batches(self, step: int) -> list[Any]:
-        parts = self.recipe.training.accumulation
-        return [self.job.batches(step * parts + part) for part in range(parts)]
-
-    def _step(self, batches: list[Any]) -> "StepOutcome":
-        """One optimiser step, or none where loss or gradient are not finite."""
-        section, step = self.recipe.optimizer, self.counters.step
-        seed_step(self.recipe.seed, step)
-        losses = self._backward(batches)
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        metrics = {name: float(value) for name, value in losses.items()} | {"grad_norm": float(norm)}
-        is_finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
-        if is_finite:
-            if section.max_grad_norm:
-                torch.nn.utils.clip_grads_with_norm_(parameters, section.max_grad_norm, norm)
-            rate = learning_rate(step, section, self.recipe.training.steps)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return StepOutcome(is_finite=is_finite, metrics=metrics)
-
-    def _backward(self, batches: list[Any]) -> dict[str, Tensor]:
-        """Gradients of the mean loss of a step's parts; returns the means of what the module gives."""
-        total: dict[str, Tensor] = {}
-        for batch in batches:
-            with self._autocast():
-                losses = self.job.module(batch)
-            (losses["loss"] / len(batches)).backward()
-            for name, value in losses.items():
-                part = value.detach().float() / len(batches)
-                total[name] = total[name] + part if name in total else part
-        return total
-
-    def _autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16")
+    def _without_faults(self, parts: StepParts) -> list[Any]:
+        """A step's batches; the samples that others stand in for are counted."""
+        faults, samples = self.job.faults, self.recipe.training.batch_size // distributed.world_size()
+        if faults:
+            for fault in parts.faults:
+                faults.record(fault)
+            faults.seen(samples + len(parts.faults))
+        return parts.batches
 
     # Between steps
 
-    def _count(self, outcome: "StepOutcome", seconds: float) -> None:
+    def _count(self, outcome: StepOutcome, seconds: float, waited: float) -> None:
         counters = self.counters
         counters.step += 1
         counters.seconds += seconds
+        counters.waited += waited
         self.reporter.stepped(counters.step, seconds)
-        if outcome.is_finite:
+        if not outcome.fault:
+            norm, usual = outcome.metrics["grad_norm"], counters.usual_norm
+            counters.usual_norm = 0.98 * usual + 0.02 * norm if usual else norm
             counters.skipped_in_a_row = 0
             counters.window_steps += 1
             for name, value in outcome.metrics.items():
@@ -222,17 +190,17 @@ class Run:
             return
         counters.skipped += 1
         counters.skipped_in_a_row += 1
-        faults = ", ".join(name for name, value in outcome.metrics.items() if not math.isfinite(value))
-        self.reporter.say(f"step {counters.step} skipped: {faults} not finite")
+        self.reporter.say(f"step {counters.step} skipped: {outcome.fault}")
         if counters.skipped_in_a_row >= MOST_SKIPS_IN_A_ROW:
-            raise Blip2Error(self._diagnosis(faults))
+            raise Blip2Error(self._diagnosis(outcome.fault))
 
-    def _diagnosis(self, faults: str) -> str:
+    def _diagnosis(self, fault: str) -> str:
+        self._wait_for_checkpoint()
         newest = checkpoints.newest_checkpoint(self.run_dir)
         return (
-            f"Stopped at step {self.counters.step}: {faults} was infinite or not a number {MOST_SKIPS_IN_A_ROW} steps "
-            "in a row, and nothing was learnt in them. Lower optimizer.learning_rate, set training.precision=float32, "
-            f"or look at the samples of these steps. The last checkpoint is {newest or 'none'}."
+            f"Stopped at step {self.counters.step}: {fault}, {MOST_SKIPS_IN_A_ROW} steps in a row, and nothing was "
+            "learnt in them. Lower optimizer.learning_rate, set training.precision=float32, or look at the samples of "
+            f"these steps. The last checkpoint is {newest or 'none'}."
         )
 
     def _log_window(self) -> None:
@@ -241,9 +209,13 @@ class Run:
         metrics = {name: total / counters.window_steps for name, total in counters.window.items()}
         metrics["learning_rate"] = learning_rate(counters.step - 1, self.recipe.optimizer, training.steps)
         metrics["skipped"] = counters.skipped
-        since, then = self._last_line
-        self._last_line = (counters.step, counters.seconds)
-        metrics["samples_per_second"] = training.batch_size * (counters.step - since) / (counters.seconds - then)
+        if self.job.faults:
+            metrics["bad_samples"] = self.job.faults.num_faults
+        since, then, waited = self._last_line
+        self._last_line = (counters.step, counters.seconds, counters.waited)
+        seconds = counters.seconds - then
+        metrics["samples_per_second"] = training.batch_size * (counters.step - since) / seconds
+        metrics["waiting_share"] = (counters.waited - waited) / seconds
         metrics["seconds"] = counters.seconds
         counters.window, counters.window_steps = {}, 0
         self.log.write("train", counters.step, metrics)
@@ -258,33 +230,67 @@ class Run:
             for every, evaluate in self.job.evaluators
             if step == steps or (every and step and step % every == 0)
         ]
-        if not due or step in self.log.evaluated or stop.asked:
+        if not due or step in self.log.evaluated or self._is_over(stop):
             return
         if step == steps:
             self._save_and_go_on()  # the work is safe before anything else can fail
+            self._wait_for_checkpoint()
         begin = time.perf_counter()
         metrics: Metrics = {}
         self.job.module.eval()
-        with suppress(BrokenOff), stop.breaking_off(), without_compiling(), torch.no_grad():
+        with ExitStack() as inside:
+            inside.enter_context(self.watch.resting())
+            inside.enter_context(suppress(BrokenOff))
+            if not self.job.is_sharded:  # ranks that compute together must not leave apart
+                inside.enter_context(stop.breaking_off())
+            inside.enter_context(without_compiling())
+            inside.enter_context(torch.no_grad())
+            if self.average:
+                inside.enter_context(self.average.in_place())
             for evaluate in due:
                 metrics |= evaluate()
             metrics["seconds"] = time.perf_counter() - begin
         self.job.module.train()
+        metrics = distributed.said_by_first(metrics)
         if "seconds" in metrics:
             self.log.write("evaluate", step, metrics)
             self.log.evaluated.add(step)
             self.reporter.evaluated(step, metrics)
             self.metrics = metrics
+            self._judge(metrics)
+
+    def _judge(self, metrics: Metrics) -> None:
+        """Keeps the checkpoint of an evaluation that is the best so far."""
+        name = self.recipe.training.best_metric
+        if name is None:
+            return
+        if name not in metrics:
+            there = ", ".join(sorted(metrics))
+            raise BadRecipe(f"training.best_metric: evaluations give no {name}; they give {there}.")
+        if not better(name, metrics[name], self.best):
+            self.counters.evaluations_since_best += 1
+            return
+        self.counters.evaluations_since_best = 0
+        self.best = Best(self.counters.step, name, metrics[name])
+        if distributed.is_first():
+            self.keeper.crown(self.best)
+        self._save_and_go_on()
 
     # Checkpoints
 
     def _take_up(self, checkpoint: Path) -> Counters:
         checkpoints.restore(checkpoint, self.job.module, self.optimizer)
+        if self.average:
+            self.average.restore(checkpoints.load_average(checkpoint) or checkpoints.trainable_state(self.job.module))
         saved = checkpoints.read_state(checkpoint)
-        torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(saved["rng"])), dtype=torch.uint8))
+        if self.job.faults and saved.get("faults"):
+            self.job.faults.load_state_dict(saved["faults"])
         return Counters(**saved["counters"])
 
-    def _save(self) -> Path:
+    def _save(self) -> None:
+        """Takes a snapshot and begins to write it."""
+        if not distributed.is_first():
+            return
         step = self.counters.step
         saved = {
             "step": step,
@@ -293,35 +299,56 @@ class Run:
             "precision": self.precision,
             "torch": torch.__version__,
             "counters": dataclasses.asdict(self.counters),
-            "rng": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+            "ranks": distributed.world_size(),
+            "faults": self.job.faults.state_dict() if self.job.faults else None,
             "recipe": to_settings(self.recipe),
         }
-        path = checkpoints.save_checkpoint(self.run_dir, self.job.module, self.optimizer, saved)
-        checkpoints.prune(self.run_dir, self.recipe.training.keep)
-        return path
+        average = self.average.state() if self.average else None
+        self.keeper.save(checkpoints.take_snapshot(self.job.module, self.optimizer, saved, average))
 
     def _save_and_go_on(self) -> None:
-        """Saves; a full disk costs this checkpoint, not the run."""
+        """Saves; a full disk costs a checkpoint, not the run."""
+        with self.watch.resting():
+            try:
+                self._save()
+            except OSError as fault:  # of the checkpoint before
+                self._say_not_saved(fault)
+                self._save()
+            if distributed.is_first():
+                self.painter.draw()
+
+    def _wait_for_checkpoint(self) -> None:
         try:
-            self._save()
+            self.keeper.wait()
         except OSError as fault:
-            self.reporter.say(
-                f"Could not save at step {self.counters.step} ({fault.strerror}); older checkpoints stand."
-            )
-        self.painter.draw()
+            self._say_not_saved(fault)
+
+    def _say_not_saved(self, fault: OSError) -> None:
+        self.reporter.say(f"Could not save a checkpoint ({fault.strerror}); older checkpoints stand.")
 
     def _end(self, stop: StopSignals) -> Summary:
         counters, steps = self.counters, self.recipe.training.steps
-        path = self._save()
-        self.painter.draw(at_once=counters.step >= steps)  # one that is told to stop leaves soon
-        if counters.step < steps:
-            self.reporter.say(f"Stopped by {stop.asked} after step {counters.step} of {steps}; saved as {path}.")
+        is_early = counters.step < steps and not (stop.asked or self._was_told_to_stop)
+        self._wait_for_checkpoint()
+        with self.watch.resting():
+            self._save()
+            path = self.keeper.wait() or checkpoints.checkpoint_path(self.run_dir, counters.step)
+            if distributed.is_first():
+                self.painter.draw(at_once=is_early or counters.step >= steps)  # one that is told to stop leaves soon
+            distributed.wait_for_all()
+        if self.job.faults and self.job.faults.num_faults:
+            self.reporter.say(f"{self.job.faults.summary()}. They are listed in {self.job.faults.path}.")
+        if is_early and self.best is not None:
+            self.reporter.say(f"{self.best.metric} got no better since step {self.best.step}: stopped early.")
+        if counters.step < steps and not is_early:
+            by = stop.asked or "a signal to another process"
+            self.reporter.say(f"Stopped by {by} after step {counters.step} of {steps}; saved as {path}.")
             self.reporter.say("Run the same command again to go on from there.")
         else:
-            self.reporter.say(f"Finished {steps} steps in {duration(counters.seconds)}; saved as {path}.")
+            self.reporter.say(f"Finished {counters.step} steps in {duration(counters.seconds)}; saved as {path}.")
         return Summary(
             step=counters.step,
-            finished=counters.step >= steps,
+            finished=counters.step >= steps or is_early,
             skipped=counters.skipped,
             checkpoint=path,
             metrics=self.metrics,
@@ -331,7 +358,8 @@ class Run:
         """What there is to say before the first step."""
         optimizer, training = self.recipe.optimizer, self.recipe.training
         count = sum(parameter.numel() for group in self.optimizer.param_groups for parameter in group["params"])
-        yield f"{self.recipe.name}: {count:,} trainable parameters, {self.precision} on {self.device}"
+        ranks = f", {distributed.world_size()} processes" if distributed.world_size() > 1 else ""
+        yield f"{self.recipe.name}: {count:,} trainable parameters, {self.precision} on {self.device}{ranks}"
         yield f"Into {self.run_dir}"
         if start:
             yield f"Going on from {start} (step {self.counters.step} of {training.steps})"
@@ -340,57 +368,8 @@ class Run:
             yield f"The warm-up ({optimizer.warmup_steps} steps) outlasts the run: the learning rate ends at {peak:.2g}"
 
 
-@dataclass(frozen=True)
-class StepOutcome:
-    """A step's metrics, and whether it changed the parameters."""
-
-    is_finite: bool
-    metrics: Metrics
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Sets torch's generators to what follows from the run's seed and the step alone."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1))
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """The arithmetic that "auto" means here: bfloat16 where the processor has matrix units for it, else float32."""
-    if precision != "auto":
-        return precision
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    # PyTorch tells of these units only by private names; without them bfloat16 is slower than float32
-    has_units = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if device.type == "cpu" and has_units else "float32"
-
-
 def _no_room(run_dir: Path, fault: OSError) -> str:
     return (
         f"Could not write into {run_dir} ({fault.strerror}). The last checkpoint is "
         f"{checkpoints.newest_checkpoint(run_dir) or 'none'}. Make room and run the same command again."
     )
-
-
-# Resuming
-
-
-def _check_same_recipe(start: Path, recipe: Recipe, run_dir: Path, resume: str | Path) -> list[str]:
-    """What to say about settings that changed since the checkpoint.
-
-    Raises:
-        BadRecipe: resuming is automatic, and a setting that decides what is learnt has changed.
-    """
-    try:
-        saved = recipe_from_settings(checkpoints.read_state(start)["recipe"], f"{start}/state.json")
-    except BadRecipe:
-        if resume == "auto":
-            raise
-        return ["The checkpoint's recipe is of another version of blip2"]
-    changed = {path: pair for path, pair in differences(saved, recipe).items() if path not in FREE_TO_CHANGE}
-    told = [f"{path} is {new!r} here, {old!r} there" for path, (old, new) in changed.items()]
-    if resume == "auto" and set(changed) - {"training.steps", "training.threads"}:
-        raise BadRecipe(
-            f"{run_dir} holds a run of another recipe: {'; '.join(told)}. Choose another --out, or say "
-            f"--resume {start} to go on from it with the new settings."
-        )
-    return [f"Changed since the checkpoint: {line}" for line in told]

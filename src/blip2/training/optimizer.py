@@ -1,4 +1,4 @@
-"""AdamW over two groups of parameters, and the learning rate of each step (paper, section 4).
+"""AdamW over groups of parameters, and the learning rate of each step (paper, section 4).
 
 rate
  |      /‾‾\\_
@@ -13,7 +13,8 @@ import math
 import torch
 from torch import nn
 
-from blip2.training.recipe import OptimizerSection
+from blip2.model.vision import ImageEncoder
+from blip2.training.sections import OptimizerSection
 
 
 def build_optimizer(module: nn.Module, section: OptimizerSection) -> torch.optim.AdamW:
@@ -24,7 +25,7 @@ def build_optimizer(module: nn.Module, section: OptimizerSection) -> torch.optim
         section: the recipe's optimizer section.
     """
     return torch.optim.AdamW(
-        parameter_groups(module, section.weight_decay),
+        parameter_groups(module, section.weight_decay, section.layer_decay),
         lr=section.warmup_learning_rate,
         betas=section.betas,
         eps=section.epsilon,
@@ -32,16 +33,43 @@ def build_optimizer(module: nn.Module, section: OptimizerSection) -> torch.optim
     )
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """The trainable parameters in two groups: matrices with weight decay; biases, norms and single numbers without.
+def parameter_groups(module: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """The trainable parameters in groups: matrices with weight decay; biases, norms and single numbers without.
 
-    The learned queries (1, Q, D) count as a matrix, as in LAVIS.
+    The learned queries (1, Q, D) count as a matrix, as in LAVIS. With a `layer_decay`, the layers of a trained image
+    encoder have groups of their own, whose learning rate is `layer_share` of the others': layer_decay for the last one,
+    its square for the one below, and so on down to the patches (LAVIS, get_optimizer_params).
     """
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    depths = encoder_depths(module) if layer_decay < 1 else {}
+    members: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            members.setdefault((depths.get(name, 0), parameter.ndim >= 2), []).append(parameter)
+    for is_matrix in (True, False):
+        members.setdefault((0, is_matrix), [])
     return [
-        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "weight_decay": weight_decay if is_matrix else 0.0,
+            "layer_share": layer_decay**depth,
+        }
+        for (depth, is_matrix), parameters in sorted(members.items(), key=lambda item: (item[0][0], not item[0][1]))
     ]
+
+
+def encoder_depths(module: nn.Module) -> dict[str, int]:
+    """How deep below the bridge each parameter of the image encoder lies, by name: 1 in its last layer."""
+    depths: dict[str, int] = {}
+    for prefix, encoder in module.named_modules():
+        if not isinstance(encoder, ImageEncoder):
+            continue
+        stacks = [(name, part) for name, part in encoder.named_modules() if isinstance(part, nn.ModuleList)]
+        path, layers = max(stacks, key=lambda stack: len(stack[1]), default=("", nn.ModuleList()))
+        for name, _ in encoder.named_parameters():
+            inside = name.removeprefix(f"{path}.")
+            number = int(inside.split(".")[0]) if path and name != inside else -1
+            depths[f"{prefix}.{name}"] = len(layers) - number
+    return depths
 
 
 def learning_rate(step: int, section: OptimizerSection, num_steps: int) -> float:

@@ -22,24 +22,30 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from blip2.training import plots
 
-TIMING = ("seconds", "samples_per_second")
+TIMING = ("seconds", "samples_per_second", "waiting_share")
+WORTH_SAYING = 0.05  # the share of its time that a run may wait for data unsaid
 REDRAW_SECONDS = 60  # drawing takes about a second
 
 
 class MetricsLog:
     """metrics.jsonl and, where installed, TensorBoard's events."""
 
-    def __init__(self, run_dir: Path, resumed_step: int):
-        """Opens the run's log and drops what is past the step it resumes from."""
+    def __init__(self, run_dir: Path, resumed_step: int, *, is_read_only: bool = False):
+        """Opens the run's log and drops what is past the step it resumes from; `is_read_only` writes nothing."""
         self.path = run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(run_dir) if line["step"] <= resumed_step] if resumed_step else []
         self.evaluated = {line["step"] for line in kept if line["kind"] == "evaluate"}
+        self._file = self._events = None
+        if is_read_only:
+            return
         _rewrite(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
         self._events = _open_tensorboard(run_dir / "tensorboard", resumed_step)
 
     def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line."""
+        if self._file is None:
+            return
         self._file.write(json.dumps({"kind": kind, "step": step, **metrics}) + "\n")
         self._file.flush()
         if self._events:
@@ -48,7 +54,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
+        if self._file:
+            self._file.close()
         if self._events:
             self._events.close()
 
@@ -83,11 +90,11 @@ def _open_tensorboard(folder: Path, resumed_step: int) -> Any:
 class Reporter:
     """Tells on standard error how far a run is: a bar on a terminal, else plain lines."""
 
-    def __init__(self, total: int, done: int, stream: TextIO | None = None):
-        """A report of `total` steps of which `done` are already behind."""
+    def __init__(self, total: int, done: int, stream: TextIO | None = None, *, is_silent: bool = False):
+        """A report of `total` steps of which `done` are already behind; `is_silent` tells nobody."""
         self._total = total
         self._seconds_per_step = 0.0
-        console = Console(file=stream or sys.stderr, soft_wrap=True, highlight=False, markup=False)
+        console = Console(file=stream or sys.stderr, soft_wrap=True, highlight=False, markup=False, quiet=is_silent)
         self._console = console
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -96,7 +103,7 @@ class Reporter:
             TextColumn("{task.fields[left]}"),
             console=console,
             transient=True,
-            disable=not console.is_terminal,
+            disable=is_silent or not console.is_terminal,
         )
         self._task = self._bar.add_task("steps", total=total, completed=done, left="")
         self._bar.start()
@@ -116,6 +123,8 @@ class Reporter:
         shown = [f"step {step}/{self._total}"]
         shown += [f"{name} {value:.4g}" for name, value in metrics.items() if name not in (*TIMING, "skipped")]
         shown.append(f"{metrics['samples_per_second']:.1f} samples/s")
+        if metrics["waiting_share"] > WORTH_SAYING:
+            shown.append(f"{metrics['waiting_share']:.0%} of the time waiting for data")
         if metrics.get("skipped"):
             shown.append(f"skipped {metrics['skipped']:.0f}")
         self.say(" · ".join([*shown, self._left(step)]))

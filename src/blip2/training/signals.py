@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C, turned into a request to stop that the training loop meets between two steps."""
+"""SIGTERM, SIGUSR1 and Ctrl-C, turned into a request to stop that the training loop meets between two steps."""
 
 import signal
 import threading
@@ -12,7 +12,9 @@ class BrokenOff(Exception):
 
 
 class StopSignals(ExitStack):
-    """Remembers that SIGTERM or Ctrl-C asked the run to stop; a second Ctrl-C interrupts as usual.
+    """Remembers that SIGTERM, SIGUSR1 or Ctrl-C asked the run to stop; a second Ctrl-C interrupts as usual.
+
+    SIGUSR1 is what schedulers can be told to send some time before they end a job (Slurm: --signal=USR1@120).
 
     Attributes:
         asked: the signal's name, or an empty string.
@@ -25,7 +27,7 @@ class StopSignals(ExitStack):
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 self.callback(signal.signal, number, signal.signal(number, self._on_signal))
         return self
 

@@ -13,6 +13,7 @@ from blip2.inference.stage1_losses import Stage1Batch, stage1_losses
 from blip2.model.stage1 import Blip2Stage1
 from blip2.objectives.itc import sentence_losses
 from blip2.objectives.negatives import NegativeRule
+from blip2.training.seeing import seen
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Stage1Step(nn.Module):
         matched_share: share of the pairs that ITM matches, at least one.
         sentences: what the features of ITC stay near; None: they are free.
         min_temperature: the temperature is brought back to this where it has sunk below.
+        itc_chunk: images or texts that ITC compares with at once; 0 for all.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class Stage1Step(nn.Module):
         matched_share: float = 1.0,
         sentences: Sentences | None = None,
         min_temperature: float = 0.0,
+        itc_chunk: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -65,6 +68,7 @@ class Stage1Step(nn.Module):
         self.sentence_model = sentences.model if sentences else None
         self.sentence_weights = (sentences.image_weight, sentences.text_weight) if sentences else (0.0, 0.0)
         self.min_temperature = min_temperature
+        self.itc_chunk = itc_chunk
 
     def train(self, mode: bool = True) -> Self:
         """Wakes dropout, but not in the sentence encoder, which is a yardstick."""
@@ -82,6 +86,7 @@ class Stage1Step(nn.Module):
             with torch.no_grad():
                 self.model.temperature.clamp_(min=self.min_temperature)
         itc_weight, itm_weight, itg_weight = self.weights
+        batch = seen(self.model, batch)
         found = stage1_losses(
             self.model,
             batch,
@@ -91,6 +96,7 @@ class Stage1Step(nn.Module):
             matched_share=self.matched_share,
             with_itm=itm_weight > 0,
             with_itg=itg_weight > 0,
+            itc_chunk=self.itc_chunk,
         )
         losses, right = {"itc": found.itc}, {"itc_accuracy": found.itc_accuracy}
         loss = itc_weight * found.itc

@@ -3,8 +3,10 @@
     RUN/checkpoints/step-000200/
         model.safetensors       trainable parameters only
         optimizer.safetensors   AdamW's moments and step counts, by parameter name
+        ema.safetensors         running averages of the parameters, where the recipe asks for them
         state.json              step, counters, learning rate, random state, resolved recipe
-        manifest.json           size and sha256 of the three; written last
+        manifest.json           size and sha256 of the others; written last
+    RUN/best.json               the step of the best evaluation, where the recipe names a metric
 
 A checkpoint is written into a hidden sibling, every file synced, then renamed. One whose manifest is missing or does
 not match its files is torn, and ignored.
@@ -17,6 +19,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +30,48 @@ from torch import Tensor, nn
 from blip2.errors import BadData, MissingFile, UserError
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+AVERAGE, BEST = "ema.safetensors", "best.json"
 FORMAT = 1
 
 
 # Writing
 
 
-def save_checkpoint(run_dir: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping) -> Path:
-    """Writes the checkpoint of a step, all or nothing.
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint is written from: copies, so that training may go on meanwhile.
 
-    Args:
-        run_dir: the run's folder.
-        module: whose trainable parameters are written.
-        optimizer: over these parameters.
+    Attributes:
+        model: trainable parameters by name.
+        optimizer: moments by parameter name.
         state: what else the run needs to go on; holds "step".
+        average: running averages of the parameters; empty for none.
+    """
+
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: Mapping[str, Any]
+    average: dict[str, Tensor] = field(default_factory=dict)
+
+
+def take_snapshot(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    average: Mapping[str, Tensor] | None = None,
+) -> Snapshot:
+    """A snapshot of a module's trainable parameters and their moments, on the CPU."""
+    return Snapshot(
+        _copied(trainable_state(module)), _copied(optimizer_state(module, optimizer)), state, _copied(average or {})
+    )
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def write(run_dir: Path, snapshot: Snapshot) -> Path:
+    """Writes the checkpoint of a step, all or nothing.
 
     Returns:
         The checkpoint's folder. One that is already there and complete is left as it is.
@@ -48,7 +79,7 @@ def save_checkpoint(run_dir: Path, module: nn.Module, optimizer: torch.optim.Opt
     Raises:
         OSError: such as a full disk; older checkpoints are then untouched.
     """
-    final = checkpoint_path(run_dir, state["step"])
+    final = checkpoint_path(run_dir, snapshot.state["step"])
     if is_complete(final):
         return final
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -56,11 +87,11 @@ def save_checkpoint(run_dir: Path, module: nn.Module, optimizer: torch.optim.Opt
     shutil.rmtree(beside, ignore_errors=True)
     try:
         beside.mkdir()
-        contents = {
-            MODEL: safetensors.torch.save(trainable_state(module)),
-            OPTIMIZER: safetensors.torch.save(optimizer_state(module, optimizer)),
-            STATE: json.dumps({"format": FORMAT, **state}, indent=1).encode(),
-        }
+        tensors = {MODEL: snapshot.model, OPTIMIZER: snapshot.optimizer}
+        if snapshot.average:
+            tensors[AVERAGE] = snapshot.average
+        contents = {name: safetensors.torch.save(each) for name, each in tensors.items()}
+        contents[STATE] = json.dumps({"format": FORMAT, **snapshot.state}, indent=1).encode()
         for name, content in contents.items():
             _write_synced(beside / name, content)
         manifest = {name: {"bytes": len(data), "sha256": _sha256(data)} for name, data in contents.items()}
@@ -95,9 +126,11 @@ def optimizer_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def prune(run_dir: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints, and whatever an interrupted write left behind."""
+    """Removes all but the newest `keep` checkpoints and the best, and what an interrupted write left behind."""
+    best = (read_best(run_dir) or {}).get("step")
     for older in list_checkpoints(run_dir)[keep:]:
-        remove_checkpoint(older)
+        if step_of(older) != best:
+            remove_checkpoint(older)
     for leftover in (run_dir / "checkpoints").glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -189,14 +222,25 @@ def choose_start(run_dir: Path, resume: str | Path) -> Path | None:
     return find_checkpoint(resume)
 
 
+def read_best(run_dir: Path) -> dict[str, Any] | None:
+    """What best.json says: step, metric and value of the run's best evaluation; None where there is none."""
+    try:
+        return json.loads((Path(run_dir) / BEST).read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def find_checkpoint(run_or_checkpoint: str | Path) -> Path:
-    """The checkpoint that a path means: itself, or the newest complete one of a run's folder.
+    """The checkpoint that a path means: itself, the newest complete one of a run's folder, or RUN/best: the best one.
 
     Raises:
         MissingFile: nothing there, or no complete checkpoint in it.
         BadData: a checkpoint that is torn or altered.
     """
     path = Path(run_or_checkpoint)
+    best = read_best(path.parent) if path.name == "best" else None
+    if best is not None:
+        path = checkpoint_path(path.parent, best["step"])
     if not path.is_dir():
         raise MissingFile(f"There is no run or checkpoint at {path}.")
     if (path / STATE).exists() or (path / MODEL).exists():
@@ -224,8 +268,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def load_model(checkpoint: Path) -> dict[str, Tensor]:
-    """The checkpoint's parameters by name."""
-    return safetensors.torch.load_file(checkpoint / MODEL)
+    """The checkpoint's parameters by name, to be used: their running averages where the run kept them."""
+    average = checkpoint / AVERAGE
+    return safetensors.torch.load_file(average if average.is_file() else checkpoint / MODEL)
+
+
+def load_average(checkpoint: Path) -> dict[str, Tensor] | None:
+    """The checkpoint's running averages by parameter name; None where the run kept none."""
+    path = checkpoint / AVERAGE
+    return safetensors.torch.load_file(path) if path.is_file() else None
 
 
 def restore(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -234,7 +285,7 @@ def restore(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimize
     Raises:
         BadData: the checkpoint is of another model.
     """
-    saved = load_model(checkpoint)
+    saved = safetensors.torch.load_file(checkpoint / MODEL)
     parameters = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     others = sorted(shapes.items() ^ {(name, tuple(tensor.shape)) for name, tensor in saved.items()})

@@ -10,7 +10,8 @@ from blip2.checkpoints import frozen, native
 from blip2.model.stage1 import Blip2Stage1, load_text_weights
 from blip2.model.stage2 import Blip2Stage2
 from blip2.training.export import model_settings
-from blip2.training.recipe import ModelSection, Recipe, read_recipe, to_yaml
+from blip2.training.recipe import read_recipe, to_yaml
+from blip2.training.sections import ModelSection, Recipe
 
 STAGES = {"stage1": "mini/stage1", "stage2": "mini/stage2"}  # what the new recipes take their data and lengths from
 

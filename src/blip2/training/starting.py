@@ -1,0 +1,68 @@
+"""The weights that a run's bridge starts from: another run, a model folder, or the originals' checkpoints."""
+
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from blip2 import paths
+from blip2.checkpoints import huggingface, lavis, native
+from blip2.errors import BadRecipe, MissingFile
+from blip2.training import state
+from blip2.training.sections import Recipe
+
+
+def start_from(model: nn.Module, recipe: Recipe) -> None:
+    """Load the bridge named in model.init_from; parts that the two stages do not share keep their start.
+
+    Raises:
+        MissingFile: nothing there to start from.
+        BadRecipe: weights of another shape.
+    """
+    if recipe.model.init_from is None:
+        return
+    weights = bridge_weights(recipe.model.init_from, "stage1" if recipe.stage == "stage1" else "generation")
+    own = model.state_dict()
+    shared = {name: tensor for name, tensor in weights.items() if name in own}
+    for name, tensor in shared.items():
+        if own[name].shape != tensor.shape:
+            raise BadRecipe(
+                f"model.init_from: {name} has shape {tuple(tensor.shape)} there, {tuple(own[name].shape)} here. "
+                "Start from a bridge of the same encoder, text_init and queries."
+            )
+    if not any(name.startswith("qformer.") for name in shared):
+        raise BadRecipe(f"model.init_from: {recipe.model.init_from} holds no Q-Former.")
+    model.load_state_dict(shared, strict=False)
+
+
+def bridge_weights(source: str, part: str = "stage1") -> dict[str, Tensor]:
+    """Trained tensors, by our names.
+
+    Args:
+        source: a run (its newest checkpoint), a checkpoint folder, a safetensors file; a model folder, ours or Hugging
+            Face's; a .pth of LAVIS.
+        part: which to take of a model folder that has two.
+
+    Raises:
+        MissingFile: nothing is there.
+        BadData, Untrusted: what is there cannot be read, or not safely.
+    """
+    path = run_folder(source)
+    if path.suffix == ".pth":
+        return lavis.read(path).weights
+    if huggingface.is_checkpoint(path):
+        return huggingface.read_part(path, huggingface.read_settings(path))
+    if (path / native.SETTINGS_FILE).is_file():
+        settings = native.read_settings(path)
+        return native.load_part(path, settings, part if part in settings.parts else next(iter(settings.parts)))
+    if not path.is_file():
+        path = state.find_checkpoint(path) / state.MODEL
+    if not path.is_file():
+        raise MissingFile(f"model.init_from: there is no run, checkpoint or weights file {source}.")
+    return {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
+
+
+def run_folder(source: str) -> Path:
+    """The path itself, or the run of that name under the runs folder."""
+    named = paths.runs_dir() / source
+    return named if not Path(source).exists() and named.exists() else Path(source)
