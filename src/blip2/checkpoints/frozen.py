@@ -34,7 +34,7 @@ from blip2.checkpoints import quantized
 from blip2.checkpoints.packaged import LANGUAGE, TEXT_INIT, VISION, quiet
 from blip2.checkpoints.trust import check_configuration
 from blip2.errors import BadData, MissingFile, UnknownModel, Untrusted
-from blip2.model.vision import HuggingFaceConvNext, HuggingFaceVision, ImageEncoder
+from blip2.model.vision import HuggingFaceConvNext, HuggingFaceVision, ImageEncoder, encoder_layers
 
 # A config's model_type -> the tower in it; a whole CLIP, SigLIP or BLIP-2 gives its vision half.
 VISION_CLASSES = {
@@ -162,6 +162,18 @@ def _language_folder(name_or_path: str) -> Path:
     return LANGUAGE[name_or_path]() if name_or_path in LANGUAGE else _local_folder(name_or_path, LANGUAGE)
 
 
+def save_tower(vision: HuggingFaceVision | HuggingFaceConvNext, folder: Path) -> None:
+    """Writes an image encoder that was trained, as a folder that `load_vision` reads; a dropped layer stays dropped."""
+    config: Any = vision.network.config
+    if isinstance(vision, HuggingFaceVision):
+        config.num_hidden_layers = len(encoder_layers(vision.network))
+        config.blip2_last_layer_is_dropped = True
+    tower: Any = vision.network
+    tower.save_pretrained(folder)
+    normalisation = {"image_mean": list(vision.image_mean), "image_std": list(vision.image_std)}
+    (folder / "preprocessor_config.json").write_text(json.dumps(normalisation) + "\n", encoding="utf-8")
+
+
 def load_text_init(name_or_path: str) -> TextInit:
     """The BERT weights a Q-Former starts from, with tokenizer and sizes.
 
@@ -213,6 +225,8 @@ def _hugging_face_vision(
         tower = quantized.load(lambda: tower_class(config, **made), folder, dtype, is_vision=True)
         drop_last_layer = None if model_type in CONVOLUTIONAL else False
     else:
+        if getattr(config, "blip2_last_layer_is_dropped", False):  # as `save_tower` wrote it
+            drop_last_layer = False
         tower = _from_pretrained(tower_class, folder, dtype, **LOADING_ARGUMENTS.get(model_type, {}))
     preprocessor = folder / "preprocessor_config.json"
     normalisation = json.loads(preprocessor.read_text()) if preprocessor.is_file() else {}

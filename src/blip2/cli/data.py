@@ -25,14 +25,24 @@ def build(
     out: Annotated[Path | None, typer.Option(help="Where to; the data folder's open-pairs if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Decides the scenes.")] = 0,
     scenes: Annotated[int, typer.Option(min=1, help="Scenes to train on.")] = 24_000,
+    language: Annotated[
+        str, typer.Option(help="Of the captions, such as zh or pt: then of stamps and emoji alone.")
+    ] = "en",
     force: Annotated[bool, typer.Option("--force", help="Replace a set that is there.")] = False,
 ) -> None:
     """Build the open training set from the packages: pairs, held-out splits, scenes with questions."""
     from blip2 import paths
     from blip2.data.open_pairs.build import build_open_pairs
 
-    folder = out or paths.data_dir() / "open-pairs"
-    build_open_pairs(folder, seed=seed, num_scenes=scenes, force=force, say=lambda text: print(text, file=sys.stderr))
+    folder = out or paths.data_dir() / ("open-pairs" if language == "en" else f"open-pairs-{language}")
+    build_open_pairs(
+        folder,
+        seed=seed,
+        num_scenes=scenes,
+        language=language,
+        force=force,
+        say=lambda text: print(text, file=sys.stderr),
+    )
     print(folder)
 
 

@@ -17,6 +17,7 @@ from blip2.training.batches import InstructBatches, ItemReader, PromptTexts, Sta
 from blip2.training.compiled import compile_layers
 from blip2.training.instruct import InstructStep, list_answers
 from blip2.training.job import Job
+from blip2.training.lora import add_adapters
 from blip2.training.memory import keep_freed_memory
 from blip2.training.parts import FrozenParts, frozen_dtype, load_language_model, load_parts
 from blip2.training.sections import Recipe, TrainingSection
@@ -161,6 +162,8 @@ def _stage2_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader, faults: 
     language_model, language_tokenizer = load_language_model(recipe.model.language, frozen_dtype(recipe))
     if hasattr(language_model.model, "set_attn_implementation"):
         language_model.model.set_attn_implementation("eager")  # the fused backward is 1.5 times slower on CPUs
+    if recipe.model.lora_rank:
+        add_adapters(language_model.model, recipe.model.lora_rank)
     if recipe.training.compile:
         compile_layers(language_model.model)
     if recipe.training.activation_checkpointing:

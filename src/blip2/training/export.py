@@ -1,5 +1,6 @@
 """Finished runs -> a model folder that `blip2.load` reads: the retrieval part, the generating part, or both."""
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ from blip2.errors import BadRecipe
 from blip2.preprocessing.prompts import CAPTION_INSTRUCTION, CAPTION_PROMPT, QUESTION_PROMPT
 from blip2.preprocessing.text import QFormerTokenizer
 from blip2.registry import PACKAGES
-from blip2.training import state
+from blip2.training import state, tuned_parts
 from blip2.training.parts import qformer_config
 from blip2.training.recipe import recipe_from_settings, to_settings
 from blip2.training.sections import Recipe
+from blip2.training.tuned_parts import is_tuned
 
 MODEL = "model."
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
@@ -27,6 +29,8 @@ SHARED = (
     "query_pooling",
     "text_pooling",
     "freeze_word_embeddings",
+    "train_vision",
+    "image_size",
 )
 
 Runs = Path | Mapping[Path, float] | None  # one run, or runs and the weight of each in their average
@@ -70,9 +74,16 @@ def export(
     taken = (WORD_EMBEDDINGS,) if recipes[0].model.freeze_word_embeddings else ()
     settings = model_settings(name, recipes[-1], taken)
     notes: dict[str, Any] = {"recipes": {name: part.notes() for name, part in read.items()}}
-    parts = {name: {k: v for k, v in part.weights.items() if k not in taken} for name, part in read.items()}
+    parts = {
+        name: {k: v for k, v in part.weights.items() if k not in taken and not is_tuned(k)}
+        for name, part in read.items()
+    }
     settings = replace(settings, notes=notes, caption_best_of=caption_best_of, match_weight=match_weight)
-    return native.save_model_folder(folder, settings, parts)
+    tuned = {k: v for part in read.values() for k, v in part.weights.items() if is_tuned(k)}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
+        settings, folders = tuned_parts.write(Path(beside), recipes[-1], tuned, settings)
+        return native.save_model_folder(folder, settings, parts, folders=folders)
 
 
 class _Part:
@@ -126,7 +137,7 @@ def _check_alike(recipes: list[Recipe]) -> None:
 def model_settings(name: str, recipe: Recipe, taken: tuple[str, ...]) -> native.ModelSettings:
     """blip2.json of a model with a recipe's parts; `taken` names what its text start holds and no part stores."""
     section = recipe.model
-    vision = frozen.load_vision(section.vision)
+    vision = frozen.load_vision(section.vision, image_size=section.image_size)
     text_init = frozen.load_text_init(section.text_init)
     tokenizer = QFormerTokenizer(text_init.tokenizer_file)
     return native.ModelSettings(

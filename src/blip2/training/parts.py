@@ -5,10 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from blip2.checkpoints import frozen
+from blip2.errors import BadRecipe
 from blip2.inference.loading import wrap_language_model
 from blip2.model.config import QFormerConfig
 from blip2.model.language import LanguageModel
-from blip2.model.vision import ImageEncoder
+from blip2.model.vision import HuggingFaceConvNext, HuggingFaceVision, ImageEncoder
 from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer
 from blip2.training.devices import resolve_precision, run_device
 from blip2.training.sections import Recipe
@@ -39,6 +40,8 @@ def load_parts(recipe: Recipe) -> FrozenParts:
     tokenizer = QFormerTokenizer(text_init.tokenizer_file)
     sha256 = frozen.fingerprint(vision)
     if section.train_vision:
+        if not isinstance(vision, HuggingFaceVision | HuggingFaceConvNext):
+            raise BadRecipe(f"model.train_vision: {section.vision} cannot be trained; Hugging Face's towers can.")
         vision = vision.float()
         vision.unfreeze()
     return FrozenParts(

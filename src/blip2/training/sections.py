@@ -291,6 +291,10 @@ class Recipe:
             raise ValueError("model.train_vision changes the image features: set data.cache_features: false")
         if self.model.lora_rank and self.stage == "stage1":
             raise ValueError("model.lora_rank is for stage2 and instruct: stage1 has no language model")
+        if self.model.lora_rank and self.training.strategy == "fsdp":
+            raise ValueError(
+                "model.lora_rank trains weights inside layers that strategy: fsdp keeps in shards; use ddp"
+            )
         if self.training.early_stop and not self.training.best_metric:
             raise ValueError("training.early_stop needs training.best_metric: what shall get no better?")
         if self.training.answer_samples and not (self.stage == "instruct" and self.model.instruction_aware):

@@ -20,7 +20,7 @@ from PIL import Image
 from blip2 import registry
 from blip2.data.open_pairs.clipart import read_clipart
 from blip2.data.open_pairs.easy_vqa import read_easy_vqa
-from blip2.data.open_pairs.emoji import HELD_OUT_STYLE, MORE_STYLES, TRAINING_STYLES, read_emoji
+from blip2.data.open_pairs.emoji import HELD_OUT_STYLE, MORE_STYLES, TRAINING_STYLES, read_emoji, read_labels
 from blip2.data.open_pairs.picture import Picture, as_sample, is_held_out
 from blip2.data.open_pairs.scenes import SEVERAL_COLOURS, CutOut, measured_colour, scene_sample
 from blip2.data.open_pairs.stamps import read_stamps
@@ -35,13 +35,20 @@ Say = Callable[[str], None]
 
 
 def build_open_pairs(
-    folder: Path, *, seed: int = 0, num_scenes: int = 24_000, force: bool = False, say: Say = print
+    folder: Path,
+    *,
+    seed: int = 0,
+    num_scenes: int = 24_000,
+    language: str = "en",
+    force: bool = False,
+    say: Say = print,
 ) -> None:
-    """Builds the whole set into `folder`.
+    """Builds the whole set into `folder`; in other languages than English, stamps and emoji alone.
 
     Args:
         seed: decides the scenes.
         num_scenes: scenes to train on.
+        language: of the captions, such as zh.
         force: replace a set that is there.
         say: told what is being done.
 
@@ -56,7 +63,10 @@ def build_open_pairs(
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _write_all(aside, seed, num_scenes, say)
+        if language == "en":
+            _write_all(aside, seed, num_scenes, say)
+        else:
+            _write_translated(aside, language, say)
         aside.chmod(0o755)
         _put_in_place(aside, folder)
     finally:
@@ -74,23 +84,50 @@ def _put_in_place(aside: Path, folder: Path) -> None:
     shutil.rmtree(old)
 
 
-def _write_all(folder: Path, seed: int, num_scenes: int, say: Say) -> None:
-    training = [*_told("stamps", read_stamps(), say), *_told("clip art", read_clipart(), say)]
+def _write_translated(folder: Path, language: str, say: Say) -> None:
+    """The four splits of pairs, of the same pictures as in English, with captions in another language."""
+    labels = read_labels(language)  # says so at once where there are none
+    say(f"{len(labels):,} labels in {language}")
+    splits = {}
+    for split, pictures in _pairs([*_told("stamps", read_stamps(language), say)], language, say).items():
+        say(f"{split}: {len(pictures):,} pictures")
+        splits[split] = write_split(folder, split, _numbered(pictures))
+    write_manifest(folder, f"open-pairs-{language}", splits, language=language, sources=_sources("stamps", "emojibase"))
+
+
+def _pairs(training: list[Picture], language: str, say: Say) -> dict[str, list[Picture]]:
+    """What stamps (and clip art) and the styles of emoji are dealt to: training and held-out splits, by concept."""
     for style in TRAINING_STYLES:
-        training += _told(style, read_emoji(style), say)
+        training += _told(style, read_emoji(style, language), say)
     known = {picture.concept for picture in training}
-    twemoji = [p for p in _told(HELD_OUT_STYLE, read_emoji(HELD_OUT_STYLE), say) if p.concept in known]
+    twemoji = [p for p in _told(HELD_OUT_STYLE, read_emoji(HELD_OUT_STYLE, language), say) if p.concept in known]
     shown = [picture for picture in training if not is_held_out(picture.concept)]
     hidden = [picture for picture in training if is_held_out(picture.concept)]
-    shown_concepts = {picture.concept for picture in shown}
-    styles = [p for style in MORE_STYLES for p in _told(style, read_emoji(style), say) if p.concept in shown_concepts]
-    splits: dict[str, list[Shard]] = {}
-    for split, pictures in {
+    concepts = {picture.concept for picture in shown}
+    styles = [
+        p for style in MORE_STYLES for p in _told(style, read_emoji(style, language), say) if p.concept in concepts
+    ]
+    return {
         "train_pairs": shown,
         "train_styles": styles,
         "held_out_concepts": hidden,
         "held_out_style": twemoji,
-    }.items():
+    }
+
+
+def _sources(*keys: str) -> dict[str, dict[str, str]]:
+    return {
+        key: {"sha256": registry.PACKAGES[key].sha256, "licence": registry.PACKAGES[key].licence}
+        for key in keys or registry.TRAINING_DATA
+    }
+
+
+def _write_all(folder: Path, seed: int, num_scenes: int, say: Say) -> None:
+    training = [*_told("stamps", read_stamps(), say), *_told("clip art", read_clipart(), say)]
+    pairs = _pairs(training, "en", say)
+    shown = pairs["train_pairs"]
+    splits: dict[str, list[Shard]] = {}
+    for split, pictures in pairs.items():
         say(f"{split}: {len(pictures):,} pictures")
         splits[split] = write_split(folder, split, _numbered(pictures))
     cutouts = scene_cutouts(shown)
@@ -100,11 +137,7 @@ def _write_all(folder: Path, seed: int, num_scenes: int, say: Say) -> None:
         say(f"{split}: {count:,} scenes")
     for part in ("train", "test"):
         splits[f"easy_vqa_{part}"] = write_split(folder, f"easy_vqa_{part}", read_easy_vqa(part))
-    sources = {
-        key: {"sha256": registry.PACKAGES[key].sha256, "licence": registry.PACKAGES[key].licence}
-        for key in registry.TRAINING_DATA
-    }
-    write_manifest(folder, "open-pairs", splits, seed=seed, sources=sources, scene_nouns=sorted(cutouts))
+    write_manifest(folder, "open-pairs", splits, seed=seed, sources=_sources(), scene_nouns=sorted(cutouts))
 
 
 def scene_cutouts(pictures: Sequence[Picture]) -> dict[str, list[CutOut]]:

@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from blip2 import registry
 from blip2.data.open_pairs.picture import Picture, concept_of, cropped
+from blip2.errors import UserError
 
 TRAINING_STYLES = ("fluent-3d", "noto", "fluent-flat")
 MORE_STYLES = ("openmoji", "emojione", "fxemoji", "noto-v1")  # of the training concepts alone; scenes do without them
@@ -42,14 +43,31 @@ def read_list() -> list[Emoji]:
     raise AssertionError("the package was checked by sha256 and holds this file")
 
 
-def read_emoji(style: str) -> Iterator[Picture]:
-    """Pictures of all emoji that the style has, in the list's order."""
+def read_labels(language: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Code points -> label and tags of emojibase in a language.
+
+    Raises:
+        UserError: emojibase does not have it.
+    """
+    there = []
+    for name, data in registry.tgz_members("emojibase"):
+        if name == f"package/{language}/data.json":
+            return {e["hexcode"].lower(): (e["label"], tuple(e.get("tags", ()))) for e in json.loads(data)}
+        if name.endswith("/data.json"):
+            there.append(name.split("/")[1])
+    raise UserError(f"There are no labels in {language!r}. There are: {', '.join(sorted(there))}.")
+
+
+def read_emoji(style: str, language: str = "en") -> Iterator[Picture]:
+    """Pictures of all emoji that the style has, in the list's order, told in a language; concepts are English."""
     draw = STYLES[style]()
+    labels = None if language == "en" else read_labels(language)
     for emoji in read_list():
         drawn = draw(emoji)
         image = cropped(drawn) if drawn is not None else None
-        if image is not None:
-            yield Picture(image, emoji.label, concept_of(emoji.label), "emoji", style, LICENCES[style], emoji.tags)
+        label, tags = (emoji.label, emoji.tags) if labels is None else labels.get(emoji.hexcode, ("", ()))
+        if image is not None and label:
+            yield Picture(image, label, concept_of(emoji.label), "emoji", style, LICENCES[style], tags)
 
 
 Drawer = Callable[[Emoji], Image.Image | None]
