@@ -150,11 +150,11 @@ def test_a_recipe_file_is_read(tmp_path, recipe):
 
 
 def test_the_presets_differ_where_the_originals_do():
-    paper, lavis = read_recipe("paper/stage1"), read_recipe("lavis/stage1")
+    paper, lavis = read_recipe("paper/stage1-vit-g"), read_recipe("lavis/stage1")
     changed = differences(paper, lavis)
     assert changed["training.negatives"] == ("paper", "lavis-2023-02")
     assert changed["optimizer.warmup_steps"] == (2000, 5000) and changed["training.batch_size"] == (1680, 1600)
     assert paper.model == lavis.model and paper.training.label_smoothing == lavis.training.label_smoothing == 0.1
-    second = read_recipe("paper/stage2-opt")
+    second = read_recipe("paper/stage2-opt-2.7b")
     assert (second.training.steps, second.training.batch_size, second.training.label_smoothing) == (80_000, 1920, 0)
     assert second.optimizer.min_learning_rate == 5e-5

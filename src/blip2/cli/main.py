@@ -23,6 +23,7 @@ from blip2.cli.export import export
 from blip2.cli.info import info
 from blip2.cli.init import init
 from blip2.cli.match import match
+from blip2.cli.plan import plan
 from blip2.cli.quantize import quantize
 from blip2.cli.serve import serve
 from blip2.cli.train import train
@@ -38,7 +39,7 @@ app = typer.Typer(
 )
 for command in (
     *(caption, ask, chat, serve, match, embed, info, demo),
-    *(train, evaluate, export, convert, quantize, init, bench),
+    *(train, plan, evaluate, export, convert, quantize, init, bench),
 ):
     app.command()(command)
 app.add_typer(data, name="data")
