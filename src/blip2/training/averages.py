@@ -22,7 +22,8 @@ class RunningAverage:
     @torch.no_grad()
     def update(self) -> None:
         """Takes the parameters as they are now in."""
-        torch._foreach_lerp_(list(self._averages.values()), list(self._weights.values()), 1 - self.decay)
+        for name, average in self._averages.items():
+            average.lerp_(self._weights[name], 1 - self.decay)
 
     def state(self) -> dict[str, Tensor]:
         """The averages by parameter name: the live tensors."""

@@ -95,17 +95,18 @@ class ItemReader:
         if self.neighbour_share and position and rng.random() < self.neighbour_share:
             draw = self._beside(position - 1, rng) or draw
         source = self.sources[draw.source]
-        place = draw.index
+        place, tried = draw.index, ""
         for attempt in range(TRIES):
             index, question = (place, None) if source.questions is None else source.questions[place]
             try:
                 image = source.images.read(index, rng)
             except BadSample as error:
                 self._faults.append(error)
+                tried = error.sample_id
                 place = sample_index((self.seed, draw.source, attempt + 1), position, len(source))
                 continue
             return Item(source.samples[index], image, question, rng)
-        raise BadData(f"{TRIES} samples in a row cannot be read, the last one {source.samples[index].id}.")
+        raise BadData(f"{TRIES} samples in a row cannot be read, the last one {tried}.")
 
     def _beside(self, position: int, rng: np.random.Generator) -> Draw | None:
         """A neighbour of the sample that stands at a position of the mixture; None where its source has none."""
@@ -214,7 +215,9 @@ class Stage2Batches:
         """Instruction, prompt and target of an item."""
         if item.question is not None:
             question = item.question.question
-            return question, question_prompt(question, self.prompts.question), item.question.answer
+            said = item.question.answers or (item.question.answer,)  # of several people one is drawn
+            answer = said[int(item.rng.integers(len(said)))]
+            return question, question_prompt(question, self.prompts.question), answer
         caption = item.sample.captions[int(item.rng.integers(len(item.sample.captions)))]
         if self.splits_captions:
             return (self.prompts.caption_instruction, *split_caption(caption, item.rng.random()))

@@ -115,7 +115,8 @@ def _images(recipe: Recipe, item: MixtureItem, opened: Opened, parts: FrozenPart
 
 
 def _questions(opened: Opened, item: MixtureItem) -> Sequence[tuple[int, Question]]:
-    found = [(i, question) for i, sample in enumerate(opened.texts) for question in sample.questions]
+    asked = [(i, question) for i, sample in enumerate(opened.texts) for question in sample.questions]
+    found = [(i, question) for i, question in asked if question.answer]  # test sets keep their answers to themselves
     if not found:
         raise BadRecipe(f"data.mixture: {opened.name} has no questions; give it the task caption.")
     questions = [(i, question) for i, question in found if not item.kinds or question.kind in item.kinds]

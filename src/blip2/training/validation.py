@@ -104,7 +104,8 @@ class Answers:
         return {f"{self.held.name}/{name}": value for name, value in measured.items()}
 
     def _questions(self) -> list[Asked]:
-        found = [(i, question) for i, sample in enumerate(self.held.samples) for question in sample.questions]
+        asked = [(i, question) for i, sample in enumerate(self.held.samples) for question in sample.questions]
+        found = [(i, question) for i, question in asked if question.answer]
         spaced = found[:: max(1, len(found) // self.limit)][: self.limit]
         form = self.batches.prompts.question
         return [
