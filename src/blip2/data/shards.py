@@ -79,6 +79,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("splits"), dict):
+            raise ValueError("an object with splits is expected")
     except FileNotFoundError:
         raise MissingFile(
             f"{folder} is no data set: it has no manifest.json. Make one with: blip2 data build."
