@@ -160,7 +160,6 @@ def _write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> Shard:
     pictures = hashlib.sha256()
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
         for number, sample in enumerate(samples):
-            archive.members = []  # it would keep all
             key = f"{name.rsplit('-', 1)[1]}{number:05d}"
             description = _description(sample)
             text = json.dumps(description, ensure_ascii=False).encode()
