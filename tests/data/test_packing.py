@@ -28,7 +28,7 @@ def source_of(folder, count, *, bad=()):
         data = encoded(number % 250, size=(40, 30))
         if number in bad:
             kind = sorted(bad).index(number) % 5
-            data = (None, b"", data[:200], b"<html>", data)[kind]
+            data = (None, b"", data[:-200], b"<html>", data)[kind]
         if data is not None:
             (folder / name).write_bytes(data)
         has_text = number not in bad or sorted(bad).index(number) % 5 != 4

@@ -48,7 +48,7 @@ def open_coco(place: str, *, images: str | None = None, split: str | None = None
         raise wrong_form(place, layout, '{"images": [...], "annotations": [{"image_id", "caption"}]}', keys, missing)
     by_image = ByImage(layout)
     for number, (name, domain) in names.items():
-        notes = {"style": domain} if domain else {}
+        notes: dict[str, Any] = {"style": domain} if domain else {}
         by_image.add(name or f"{NO_PICTURE}{number}", captions.pop(number, ()), id=as_text(number), **notes)
     reason = "has captions of an image that it does not list"
     faults = [Fault(as_text(number), places.shown(place), reason) for number in captions]

@@ -90,8 +90,8 @@ def check_pictures(source: Source, decode: Decode, *, every: bool = False, worke
         every: all of them.
         workers: processes.
     """
-    step = 1 if every else max(1, len(source) // TRIED)
-    places = range(0, len(source), step) if every else range(0, len(source), step)[:TRIED]
+    step = 1 if every else max(1, -(-len(source) // TRIED))
+    places = range(0, len(source), step)
 
     def check(position: int) -> int | str:
         try:

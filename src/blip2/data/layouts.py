@@ -38,7 +38,7 @@ def _open_own(place: str, *, images: str | None = None, split: str | None = None
         raise BadData(f"{places.shown(place)} holds its pictures, so a folder of images cannot be given with it.")
     if places.is_url(place):
         raise BadData(f"{place}: a folder with a manifest is read locally. Its shards alone: webdataset:{place}.")
-    return open_split(place, choose_split(place, split, read_manifest(place)["splits"]))
+    return open_split(place, choose_split(place, split, read_manifest(Path(place))["splits"]))
 
 
 LAYOUTS: dict[str, Callable[..., Source]] = {
@@ -166,7 +166,7 @@ def _of_json(place: str) -> str:
     for key, value in itertools.islice(elements(place), _LOOKED_AT):
         fields = shape.setdefault(key, set())
         if isinstance(value, Mapping):
-            fields |= value.keys()
+            fields.update(value)
     listed = shape.get(None, set())
     in_images = shape.get("images", set())
     signs = {

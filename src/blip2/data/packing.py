@@ -96,7 +96,7 @@ def pack(
         BadData: too many bad samples.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = read_manifest(folder) if (folder / "manifest.json").exists() else {"splits": {}}
+    manifest: dict[str, Any] = read_manifest(folder) if (folder / "manifest.json").exists() else {"splits": {}}
     if split in manifest["splits"]:
         raise UserError(f"{folder} has a split {split!r} already. Choose another name with --as, or another folder.")
     key = {"source": source.name, "pictures": source.pictures_sha256(), "packing": asdict(packing), "shard": per_shard}
@@ -107,9 +107,10 @@ def pack(
     def read(position: int) -> Sample | Fault:
         try:
             sample = source[position]
-            return replace(sample, image=packing(sample.image, sample.id, decode))
         except BadSample as error:
             return Fault(error.sample_id, error.where, error.reason)
+        try:
+            return replace(sample, image=packing(sample.image, sample.id, decode))
         except BadImage as error:
             return Fault(sample.id, source.where(position), str(error).removeprefix(sample.id).strip(" ."))
 

@@ -71,7 +71,8 @@ def decode(line: bytes) -> tuple[Where, Sample]:
 
 
 def _question(fields: list[Any]) -> Question:
-    return Question(*(tuple(field) if isinstance(field, list) else field for field in fields))
+    values: list[Any] = [tuple(field) if isinstance(field, list) else field for field in fields]
+    return Question(*values)
 
 
 def _trimmed(fields: list[Any]) -> list[Any]:
@@ -120,7 +121,7 @@ class ByImage:
         records = Records()
         for picture in list(self._texts):
             captions, questions = self._texts.pop(picture)
-            fields = {"id": as_text(picture), "source": self.source} | self._notes.pop(picture, {})
+            fields: dict[str, Any] = {"id": as_text(picture), "source": self.source} | self._notes.pop(picture, {})
             sample = Sample(image=b"", captions=tuple(captions), questions=tuple(questions), **fields)
             where = file_of(picture) if file_of else picture
             records.append("" if where.startswith(NO_PICTURE) else where, sample)

@@ -79,6 +79,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(manifest, dict) or not isinstance(manifest.get("splits"), dict):
+            raise ValueError("an object with splits is expected")
     except FileNotFoundError:
         raise MissingFile(
             f"{folder} is no data set: it has no manifest.json. Make one with: blip2 data build."
@@ -158,7 +160,6 @@ def _write_shard(folder: Path, name: str, samples: Iterable[Sample]) -> Shard:
     pictures = hashlib.sha256()
     with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as archive:
         for number, sample in enumerate(samples):
-            archive.members = []  # it would keep all
             key = f"{name.rsplit('-', 1)[1]}{number:05d}"
             description = _description(sample)
             text = json.dumps(description, ensure_ascii=False).encode()

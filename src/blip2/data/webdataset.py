@@ -151,7 +151,7 @@ def _members(file: BinaryIO, size: int, archive: str, faults: list[Fault]) -> It
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                tar.members = []  # it would keep all
+                tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # it keeps all, though none is wanted
                 after = member.offset_data + member.size
                 if after > size:
                     break
