@@ -6,6 +6,7 @@
 The bridge is small, so it is never sharded: its gradients, its optimizer and its checkpoints are the same either way.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -51,9 +52,11 @@ def replicate(module: nn.Module, *, leaves_some_out: bool = False) -> nn.Module:
     frozen += [name for name, _ in module.named_buffers()]
     # The only way to have frozen parts left alone: they may be shards here, and need no broadcast at the start.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
-    return DistributedDataParallel(
-        module, broadcast_buffers=False, find_unused_parameters=leaves_some_out, gradient_as_bucket_view=True
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer PyTorch names the argument otherwise
+        return DistributedDataParallel(
+            module, broadcast_buffers=False, find_unused_parameters=leaves_some_out, gradient_as_bucket_view=True
+        )
 
 
 def not_yet_averaged(module: nn.Module, is_last: bool) -> AbstractContextManager:
