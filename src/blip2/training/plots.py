@@ -24,7 +24,7 @@ def draw_run(lines: Sequence[Line], out: Path) -> None:
     """
     train = [line for line in lines if line["kind"] == "train"]
     tests = [line for line in lines if line["kind"] == "evaluate"]
-    hidden = {"kind", "step", "seconds", "samples_per_second", "waiting_share", "skipped"}
+    hidden = {"kind", "step", "seconds", "samples_per_second", "waiting_share", "skipped", "bad_samples"}
     names = sorted({name for line in train for name in line} - hidden)
     losses = [name for name in names if "loss" in name or name in ("itc", "itm", "itg")]
     panels = [("losses", train, losses)]

@@ -23,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from blip2.training import plots
 
 TIMING = ("seconds", "samples_per_second", "waiting_share")
+COUNTS = ("skipped", "bad_samples")  # said where there are any
 WORTH_SAYING = 0.05  # the share of its time that a run may wait for data unsaid
 REDRAW_SECONDS = 60  # drawing takes about a second
 
@@ -121,12 +122,11 @@ class Reporter:
     def training(self, step: int, metrics: Mapping[str, float]) -> None:
         """The averages since the last line."""
         shown = [f"step {step}/{self._total}"]
-        shown += [f"{name} {value:.4g}" for name, value in metrics.items() if name not in (*TIMING, "skipped")]
+        shown += [f"{name} {value:.4g}" for name, value in metrics.items() if name not in (*TIMING, *COUNTS)]
         shown.append(f"{metrics['samples_per_second']:.1f} samples/s")
         if metrics["waiting_share"] > WORTH_SAYING:
             shown.append(f"{metrics['waiting_share']:.0%} of the time waiting for data")
-        if metrics.get("skipped"):
-            shown.append(f"skipped {metrics['skipped']:.0f}")
+        shown += [f"{name.replace('_', ' ')} {metrics[name]:.0f}" for name in COUNTS if metrics.get(name)]
         self.say(" · ".join([*shown, self._left(step)]))
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
