@@ -91,7 +91,8 @@ class FaultLog:
         with self._lock:
             self.num_seen += count
             self._since_seen = 0
-            if self.num_seen >= self.min_seen and self.num_faults > self.stop_share * self.num_seen:
+            is_enough = self.num_seen >= self.min_seen and self.stop_share < 1
+            if is_enough and self.num_faults > self.stop_share * self.num_seen:
                 raise BadData(f"{self.num_faults:,} of {self.num_seen:,} samples are bad. {self._told()}")
 
     def state_dict(self) -> dict[str, Any]:
