@@ -1,6 +1,9 @@
 """Pictures read in every step: as cached features, varied where asked, counted where broken, and trained on."""
 
+import dataclasses
+import io
 import json
+import tarfile
 
 import pytest
 import torch
@@ -57,7 +60,6 @@ def spoilt_parts(tmp_path, broken):
     make_parts(tmp_path)
     folder = tmp_path / "pictures"
     samples = [picture(number) for number in range(12)]
-    import dataclasses
 
     for number in broken:
         samples[number] = dataclasses.replace(samples[number], image=samples[number].image[:60])
@@ -111,3 +113,40 @@ def test_settings_that_contradict_each_other_are_refused(root):
         recipe_of(root, "stage1", "model.train_vision=true")
     with pytest.raises(BadRecipe, match="image_token_share draws among cached features"):
         recipe_of(root, "stage1", "data.cache_features=false", "data.image_token_share=0.5")
+
+
+def spoilt_archive(path, count=300, corrupt=(20, 120, 220), silent=(50,)):
+    """A WebDataset shard with some broken pictures and empty captions, cut off in the middle of its last picture."""
+    with tarfile.open(path, "w") as archive:
+        for number in range(count):
+            sample = picture(number % 12)
+            image = sample.image[:60] if number in corrupt else sample.image
+            caption = "" if number in silent else f"{sample.captions[0]} {number}"
+            for suffix, data in (("png", image), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                member.size = len(data)
+                last = archive.offset
+                archive.addfile(member, io.BytesIO(data))
+    # the archive ends within the text of the last sample but one, as a broken download does
+    with path.open("r+b") as file:
+        file.truncate(last - 512)
+    return {f"{number:04d}" for number in (*corrupt, *silent)}
+
+
+def test_bad_samples_of_a_whole_epoch_are_named_exactly(root, tmp_path):
+    bad = spoilt_archive(tmp_path / "pairs-00000.tar")
+    source = f"webdataset:{tmp_path / 'pairs-00000.tar'}"
+    recipe = recipe_of(
+        root,
+        "stage1",
+        f"data.mixture=[{{source: '{source}'}}]",
+        "data.cache_features=false",
+        "training.steps=75",
+        "training.batch_size=4",
+    )
+    assert len(lines(root, recipe, tmp_path / "run")) == 75
+    named = [json.loads(line) for line in (tmp_path / "run" / "faults.jsonl").read_text().splitlines()]
+    samples = {fault["sample"] for fault in named if fault["sample"].rsplit("/", 1)[-1] in bad}
+    damage = [fault for fault in named if fault["sample"].rsplit("/", 1)[-1] not in bad]
+    assert len(samples) == len(bad) and len(named) == len(bad) + len(damage)
+    assert damage and all("pairs-00000.tar" in fault["where"] for fault in damage)

@@ -40,6 +40,7 @@ class Source:
         samples: the split's texts.
         images: their pictures, or image features, by the same number.
         weight: share in the mixture.
+        rows: numbers of the samples that have captions; None where all have.
         questions: (sample, question) pairs when the task is answering, else None.
         neighbours: samples of near captions; None where none are drawn.
     """
@@ -47,11 +48,19 @@ class Source:
     samples: Sequence[Sample]
     images: Images
     weight: float
+    rows: Sequence[int] | None = None
     questions: Sequence[tuple[int, Question]] | None = None
     neighbours: Neighbours | None = None
 
     def __len__(self) -> int:
-        return len(self.samples) if self.questions is None else len(self.questions)
+        drawn = self.rows if self.questions is None else self.questions
+        return len(self.samples if drawn is None else drawn)
+
+    def at(self, place: int) -> tuple[int, Question | None]:
+        """The number of the sample at a place of the order, and the question that is asked of it."""
+        if self.questions is not None:
+            return self.questions[place]
+        return (place if self.rows is None else self.rows[place]), None
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class ItemReader:
         source = self.sources[draw.source]
         place, tried = draw.index, ""
         for attempt in range(TRIES):
-            index, question = (place, None) if source.questions is None else source.questions[place]
+            index, question = source.at(place)
             try:
                 image = source.images.read(index, rng)
             except BadSample as error:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2 import paths
-from blip2.data.faults import FaultLog
+from blip2.data.faults import Fault, FaultLog
 from blip2.data.features import CacheKey, FeatureCache, open_or_build
 from blip2.data.layouts import open_source
 from blip2.data.neighbours import Neighbours
@@ -46,12 +46,14 @@ class Opened:
         samples: in order; a sample's picture is read when it is asked for.
         texts: the same without pictures.
         pictures: what names the pictures to the cache of features.
+        faults: what the reader could not read.
     """
 
     name: str
     samples: Sequence[Sample]
     texts: Sequence[Sample]
     pictures: str
+    faults: Sequence[Fault] = ()
 
 
 def open_item(recipe: Recipe, item: MixtureItem) -> Opened:
@@ -66,7 +68,7 @@ def open_item(recipe: Recipe, item: MixtureItem) -> Opened:
         split = open_split(folder, item.split)
         return Opened(item.split, split, list(split.described()), pictures_sha256(folder, item.split))
     found = open_source(item.source, images=item.images, split=item.split, columns=item.columns or None)
-    return Opened(item.source, found, list(found.described()), found.pictures_sha256())
+    return Opened(item.source, found, list(found.described()), found.pictures_sha256(), found.faults)
 
 
 def open_validation(recipe: Recipe, name: str) -> Opened:
@@ -98,13 +100,32 @@ def make_source(recipe: Recipe, item: MixtureItem, parts: FrozenParts, faults: F
     """
     opened = open_item(recipe, item)
     questions = _questions(opened, item) if item.task == "question" else None
-    if questions is None and not any(sample.captions for sample in opened.texts):
-        raise BadRecipe(f"data.mixture: {opened.name} has no captions; give it the task question.")
+    rows = _with_captions(opened, faults) if questions is None else None
+    _list(opened.faults, faults)
     neighbours = None
     if recipe.data.neighbour_share and questions is None:
-        neighbours = _neighbours([group_name(sample) for sample in opened.texts], parts)
+        texts = opened.texts if rows is None else [opened.texts[row] for row in rows]
+        neighbours = _neighbours([group_name(sample) for sample in texts], parts)
     images = _images(recipe, item, opened, parts, faults)
-    return Source(opened.texts, images, item.weight, questions, neighbours)
+    return Source(opened.texts, images, item.weight, rows, questions, neighbours)
+
+
+def _with_captions(opened: Opened, faults: FaultLog) -> Sequence[int] | None:
+    """The samples that have captions, where not all have; the others are listed."""
+    rows = [row for row, sample in enumerate(opened.texts) if sample.captions]
+    if not rows:
+        raise BadRecipe(f"data.mixture: {opened.name} has no captions; give it the task question.")
+    lacking = {row for row in range(len(opened.texts))} - set(rows)
+    faults.seen(len(opened.texts))
+    _list([Fault(opened.texts[row].id, opened.name, "has no caption") for row in sorted(lacking)], faults)
+    return rows if lacking else None
+
+
+def _list(found: Sequence[Fault], faults: FaultLog) -> None:
+    """Counts what is wrong with a source as a whole, where many faults in a row say nothing yet."""
+    for fault in found:
+        faults.record(fault)
+        faults.seen(0)
 
 
 def _images(recipe: Recipe, item: MixtureItem, opened: Opened, parts: FrozenParts, faults: FaultLog) -> Images:
