@@ -49,10 +49,10 @@ class Drafter:
         """Whether there are guesses for a model: a Llama in float32 on a CPU, not too large for a copy beside it."""
         if type(model) is not LlamaForCausalLM:
             return False
-        config = model.config
+        config: Any = model.config
         read = (config.hidden_size, config.intermediate_size, config.head_dim * config.num_attention_heads)
         heads = config.head_dim * (config.num_attention_heads + 2 * config.num_key_value_heads)
-        layers = [layer for layer in model.modules() if type(layer) in (nn.Linear, PackedLinear)]
+        layers: list[Any] = [layer for layer in model.modules() if type(layer) in (nn.Linear, PackedLinear)]
         words = model.get_input_embeddings().weight
         return (
             words.dtype == torch.float32
