@@ -157,8 +157,10 @@ def test_streamed_pieces_join_to_the_whole(model, images, question):
 
 def test_a_stream_that_is_left_early_stops_the_language_model(model, images, monkeypatch):
     steps = []
-    step = model.generator.language_model.step
-    monkeypatch.setattr(model.generator.language_model, "step", lambda *given: steps.append(1) or step(*given))
+    language_model = model.generator.language_model
+    for name in ("step", "step_through"):
+        step = getattr(language_model, name)
+        monkeypatch.setattr(language_model, name, lambda *given, step=step: steps.append(1) or step(*given))
     stream = model.stream(images[0], max_new_tokens=400)
     next(stream)
     stream.close()
@@ -170,7 +172,8 @@ def test_what_fails_while_streaming_is_raised_to_the_reader(model, images, monke
     def fail(*given, **named):
         raise UserError("the language model is out of breath")
 
-    monkeypatch.setattr(model.generator.language_model, "step", fail)
+    for name in ("step", "step_through"):
+        monkeypatch.setattr(model.generator.language_model, name, fail)
     with pytest.raises(UserError, match="out of breath"):
         list(model.stream(images[0]))
 

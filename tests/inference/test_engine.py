@@ -106,12 +106,12 @@ def test_a_bad_request_fails_alone(model, images, monkeypatch):
 def test_a_model_that_breaks_tells_those_who_wait_and_goes_on_with_the_next(model, images, monkeypatch):
     expected = model_says(model, images[0], "a")
     language_model = model.generator.language_model
-    step = language_model.step
     with Engine(model) as engine:
-        monkeypatch.setattr(language_model, "step", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            engine.submit(images[0], "a").text()
-        monkeypatch.setattr(language_model, "step", step)
+        with monkeypatch.context() as patch:
+            for name in ("step", "step_through"):
+                patch.setattr(language_model, name, lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                engine.submit(images[0], "a").text()
         assert engine.submit(images[0], "a").text() == expected
 
 

@@ -22,6 +22,7 @@ from blip2.errors import BadData, MissingFile, MissingPart, UnknownModel, Untrus
 from blip2.inference.blip2 import Blip2
 from blip2.inference.generation import Generator
 from blip2.inference.retrieval import Retriever
+from blip2.model.drafting import Drafter
 from blip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
 from blip2.model.packed import pack
 from blip2.model.quantized import Bits, arrange, quantize
@@ -44,6 +45,7 @@ def load(
     parts: Collection[str] | None = None,
     device_map: str | dict[str, int | str] | None = None,
     quantize: Bits | None = None,
+    drafts: bool = True,
 ) -> Blip2:
     """A model ready to use.
 
@@ -58,6 +60,8 @@ def load(
             rest staying on `device`; None: all on `device`.
         quantize: round the language model's weights to "int8" or "int4", and the image encoder's to "int8", as they are
             loaded; `blip2 quantize` does it once for all. None: as they are.
+        drafts: whether a text that is written alone may be guessed ahead by a four-bit copy of the language model
+            (model/drafting.py). It says the same and sooner; the copy takes memory, a sixth of the language model's.
 
     Raises:
         UnknownModel: no model goes by that name.
@@ -75,7 +79,7 @@ def load(
         )
     if quantize is not None and device_map is not None:
         raise UserError("A model is quantised on one device. Leave device_map out, or run blip2 quantize first.")
-    loader = _Loader(folder, settings, torch.device(device), dtype, device_map, quantize)
+    loader = _Loader(folder, settings, torch.device(device), dtype, device_map, quantize, drafts)
     vision_model = loader.vision_model()
     return Blip2(
         settings,
@@ -170,8 +174,10 @@ class _Loader:
         dtype: torch.dtype,
         device_map: str | dict[str, int | str] | None,
         quantize: Bits | None,
+        drafts: bool,
     ) -> None:
         self.quantize: Bits | None = quantize
+        self.drafts = drafts
         self.folder = folder
         self.settings = settings
         self.device = device
@@ -229,6 +235,8 @@ class _Loader:
             language_model.to(self.device)
             if self.device.type == "cuda":
                 language_model.replay_steps()
+            if self.drafts and Drafter.can_take(network):
+                language_model.drafter = Drafter(network)
         return language_model, tokenizer
 
     def _lighten(self, network: nn.Module, bits: Bits | None, *, rounds_inputs: bool = False) -> None:

@@ -30,9 +30,7 @@ class RoomyLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        if self._buffers is None or end > self._buffers[0].shape[2]:
-            self._buffers = _with_room(self.keys, end), _with_room(self.values, end)
-        keys, values = self._buffers
+        keys, values = self.reserve(end)
         keys[:, :, begin:end] = key_states
         values[:, :, begin:end] = value_states
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
@@ -45,6 +43,19 @@ class RoomyLayer(DynamicLayer):
     def cut(self, begin: int, end: int | None) -> None:
         """Keeps only the positions from `begin` to before `end`."""
         self.put(self.keys[:, :, begin:end], self.values[:, :, begin:end])
+
+    def shorten(self, length: int) -> None:
+        """Forgets what comes after so many positions; their room stays."""
+        self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
+
+    def reserve(self, length: int) -> tuple[Tensor, Tensor]:
+        """Buffers (B, H, at least `length`, Dh) that begin with what it holds. What is written behind that is not kept:
+        the next states take its place."""
+        if self._buffers is None or length > self._buffers[0].shape[2]:
+            self._buffers = _with_room(self.keys, length), _with_room(self.values, length)
+            filled = self.keys.shape[2]
+            self.keys, self.values = (buffer[:, :, :filled] for buffer in self._buffers)
+        return self._buffers
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Makes row i what row `beam_idx[i]` was, of indices (B',); there may be more rows then, or fewer."""

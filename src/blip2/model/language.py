@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
+from blip2.model.drafting import Drafter
 from blip2.model.key_values import is_roomy, join_layers, make_cache
 from blip2.model.replay import FixedStep, Replay
 
@@ -102,6 +103,12 @@ class Reading:
         if self.can_join:
             self._trim()
 
+    def shorten(self, length: int) -> None:
+        """Forgets what was read after so many positions, of a decoder's rows that can join others."""
+        self.mask = self.mask[:, :length]
+        for layer in self._own_cache.layers:
+            layer.shorten(length)
+
     def _trim(self) -> None:
         """Lets go of positions that are padding in all rows: where rows join and leave, they have no end else."""
         first = int(self.mask.any(dim=0).int().argmax())
@@ -159,6 +166,7 @@ class _FrozenLM(nn.Module):
         self._takes_positions = "position_ids" in taken
         self._takes_logits_to_keep = "logits_to_keep" in taken
         self.replay: Replay | None = None
+        self.drafter: Drafter | None = None
 
     def replay_steps(self) -> bool:
         """Has each token's step recorded and replayed from now on (see model/replay.py); false where it cannot be."""
@@ -185,17 +193,20 @@ class _FrozenLM(nn.Module):
         cap = getattr(self.model.config, "final_logit_softcapping", None)  # Gemma 2 and 3
         return logits if not cap else cap * torch.tanh(logits / cap)
 
-    def _logits(self, reading: Reading, **read: Any) -> Tensor:
+    def _logits(self, reading: Reading, *, num_new: int = 1, **read: Any) -> Tensor:
         """Logits (B, V) float32 of the token after the newest position of all."""
+        return self._all_logits(reading, num_new=num_new, num_wanted=1, **read)[:, -1].float()
+
+    def _all_logits(self, reading: Reading, *, num_new: int, num_wanted: int, **read: Any) -> Tensor:
+        """Logits (B, `num_wanted` or more, V) after each of the newest positions, of which `num_new` are read now."""
         written = reading.written
         if not read:
-            read = {"next_sequence_length": 1}
+            read = {"next_sequence_length": num_new}
         if self._takes_positions:
             places = (reading.mask.cumsum(dim=1) - 1).clamp_(min=0)  # (B, L)
-            num_new = read["inputs_embeds"].shape[1] if "inputs_embeds" in read else 1
             read["position_ids"] = places[:, -num_new:]
         if self._takes_logits_to_keep:
-            read["logits_to_keep"] = 1
+            read["logits_to_keep"] = num_wanted
         if reading.encoded is not None:
             encoded: Any = reading.encoded.states
             read |= {"encoder_outputs": BaseModelOutput(encoded), "decoder_attention_mask": reading.mask}
@@ -203,7 +214,18 @@ class _FrozenLM(nn.Module):
         arguments = self.model.prepare_inputs_for_generation(
             written, past_key_values=reading.cache, attention_mask=seen, use_cache=reading.cache is not None, **read
         )
-        return self.model(**arguments, return_dict=True).logits[:, -1].float()
+        return self.model(**arguments, return_dict=True).logits
+
+    def draft(self, reading: Reading, token_id: int, *, most: int, num_without_stop: int) -> list[int]:
+        """Guesses of what follows a token that is not read yet, in a single row; none where nobody guesses.
+
+        Arguments as of `Drafter.draft`.
+        """
+        if self.drafter is None or most < 1 or not reading.can_join:
+            return []
+        return self.drafter.draft(
+            reading, token_id, most=most, stop_ids=self.stop_ids, num_without_stop=num_without_stop
+        )
 
     @torch.no_grad()
     def step(self, reading: Reading, token_ids: Tensor) -> Tensor:
@@ -219,6 +241,19 @@ class _FrozenLM(nn.Module):
             return self.replay.logits(reading, token_ids)
         reading.release()
         return self._logits(reading)
+
+    @torch.no_grad()
+    def step_through(self, reading: Reading, token_ids: Sequence[int]) -> Tensor:
+        """Reads several tokens of a decoder's single row at once.
+
+        Returns:
+            (T, V) float32, logits of the one after each of them.
+        """
+        reading.release()
+        reading.written = torch.tensor([token_ids], device=reading.mask.device)
+        reading.mask = F.pad(reading.mask, (0, len(token_ids)), value=1)
+        count = len(token_ids)
+        return self._all_logits(reading, num_new=count, num_wanted=count)[0, -count:].float()
 
 
 class DecoderLM(_FrozenLM):
@@ -276,7 +311,8 @@ class DecoderLM(_FrozenLM):
         for layer, (keys, values) in enumerate(zip(known[::2], known[1::2], strict=True)):
             cache.update(keys[:, :, :num_known], values[:, :, :num_known], layer)
         reading = Reading(cache, mask, prompt_ids.new_empty(len(embeds), 0))
-        logits = self._logits(reading, inputs_embeds=embeds[:, num_known:], is_first_iteration=True)
+        new = embeds[:, num_known:]
+        logits = self._logits(reading, num_new=new.shape[1], inputs_embeds=new, is_first_iteration=True)
         if prefix is not None and not known and is_roomy(cache):
             assert len(visual) == 1, "a prefix is that of one row"
             layers: list[Any] = cache.layers

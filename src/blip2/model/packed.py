@@ -38,6 +38,10 @@ class PackedLinear(nn.Module):
         refuse_gradient(x)
         return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
 
+    def unpacked(self) -> Tensor:
+        """The weight (N, K) as it was, a copy."""
+        return self._packed.to_dense()
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
 

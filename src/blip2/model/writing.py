@@ -4,7 +4,8 @@
     write    all rows of one batch to their end
 
 What comes out is what `transformers.GenerationMixin.generate` gives, token for token; it is faster where rows end at
-different lengths, and where there are beams: a prompt is read once, not once for every beam.
+different lengths, where there are beams (a prompt is read once, not once for every beam), and where a single row's next
+words can be guessed (drafting.py): the LLM reads all guesses at once, and those stand that it would have said itself.
 """
 
 from collections.abc import Sequence
@@ -83,10 +84,10 @@ class Writer:
         return rows
 
     def step(self) -> tuple[list[Row], list[Row]]:
-        """Writes one token in every row.
+        """Writes one token in every row; in a single row also what was guessed of the tokens after it, if it was right.
 
         Returns:
-            The rows that have a new token, and those of them that are done and have left.
+            The rows that have new tokens, and those of them that are done and have left.
         """
         self._keep([not row.is_cancelled for row in self.rows])
         if not self.rows:
@@ -101,9 +102,43 @@ class Writer:
         self._keep(goes_on)
         if self.rows:
             assert self._reading is not None
-            going = token_ids if all(goes_on) else token_ids[torch.tensor(goes_on, device=token_ids.device)]
-            self._logits = self.language_model.step(self._reading, going)
-        return written, [row for row, goes in zip(written, goes_on, strict=True) if not goes]
+            if draft := self._draft(self._reading):
+                self._read_draft(self._reading, draft)
+            else:
+                going = token_ids if all(goes_on) else token_ids[torch.tensor(goes_on, device=token_ids.device)]
+                self._logits = self.language_model.step(self._reading, going)
+        left = {id(row) for row in written} - {id(row) for row in self.rows}
+        return written, [row for row in written if id(row) in left]
+
+    def _draft(self, reading: Reading) -> list[int]:
+        """Guesses of what follows the newest token, where a single row is written and what is likeliest is chosen."""
+        row, decoding = self.rows[0], self.rows[0].decoding
+        if len(self.rows) > 1 or decoding.do_sample or decoding.repetition_penalty != 1.0:
+            return []
+        count = len(row.token_ids)
+        return self.language_model.draft(
+            reading,
+            row.token_ids[-1],
+            most=decoding.max_new_tokens - count,
+            num_without_stop=decoding.min_new_tokens - count,
+        )
+
+    def _read_draft(self, reading: Reading, draft: Sequence[int]) -> None:
+        """Reads the newest token and guesses after it, and writes the guesses up to the first that is not chosen."""
+        (row,) = self.rows
+        num_read = reading.mask.shape[1] + 1
+        logits = self.language_model.step_through(reading, [row.token_ids[-1], *draft])  # (1 + guesses, V)
+        num_right = 0
+        for guess in draft:
+            if int(_choose(logits[num_right : num_right + 1], [row], self.language_model.stop_ids)) != guess:
+                break
+            num_right += 1
+            row.token_ids.append(guess)
+            if self._is_done(row):
+                self._keep([False])
+                return
+        reading.shorten(num_read + num_right)
+        self._logits = logits[num_right : num_right + 1]
 
     def _is_done(self, row: Row) -> bool:
         return row.token_ids[-1] in self.language_model.stop_ids or len(row.token_ids) == row.decoding.max_new_tokens
