@@ -217,7 +217,7 @@ def test_a_rank_that_is_killed_is_started_again_and_the_result_is_bit_equal(tmp_
     root = tmp_path / "parts"
     root.mkdir()
     make_parts(root)
-    recipe = recipe_of(root, "stage1", "training.steps=120", "training.checkpoint_every=5", "model.dropout=0.1")
+    recipe = recipe_of(root, "stage1", "training.steps=60", "training.checkpoint_every=5", "model.dropout=0.1")
     recipe_file = tmp_path / "recipe.yaml"
     recipe_file.write_text(to_yaml(recipe))
     quiet = torchrun(root, recipe_file, tmp_path / "quiet")

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HUNG = 74  # the exit code; sysexits' EX_IOERR, the nearest there is
-TOLD_EVERY = 1.0
+TOLD_EVERY, SILENT_AFTER = 1.0, 5.0
 READING, COMPUTING = "reading its batch", "computing"
 
 
@@ -66,6 +66,7 @@ class HangWatch:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         self._is_off, self._since = False, time.time()
+        self._tell()  # at once: one that hangs from the first second must be known to the others
         thread = threading.Thread(target=self._keep_watch, name="hang-watch", daemon=True)
         thread.start()
         try:
@@ -103,7 +104,7 @@ def accusation(heard: Sequence[Whereabouts], own: int) -> str:
         own: the rank that asks.
     """
     now = max(place.at for place in heard)
-    silent = [place for place in heard if now - place.at > 10 * TOLD_EVERY]
+    silent = [place for place in heard if now - place.at > SILENT_AFTER]
     guilty = min(silent or heard, key=lambda place: (place.step, place.doing == COMPUTING, place.since))
     others = ", ".join(str(place.rank) for place in heard if place.rank != guilty.rank)
     did = "has not been heard of" if guilty in silent else f"has been {guilty.doing}"
