@@ -2,10 +2,12 @@
 
     python benchmarks/plan_memory.py
     python benchmarks/plan_memory.py mini/stage2 --set training.precision=float32 --runs 5
+    python benchmarks/plan_memory.py --tensors --set training.batch_size=24 --set training.answer_samples=0
 
 Each recipe runs a few steps of the real loop in a process of its own, with the real parts, random image features of
 the right shape, and texts as long as the plan takes them to be. Measured is the most that the process held at once
-(VmHWM) less what it held when everything was loaded; the plan's part of that is all but the weights.
+(VmHWM) less what it held when everything was loaded; the plan's part of that is all but the weights. With --tensors it
+is the tensors of one step that are alive at once, without what the C library loses between them.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 RECIPES = ("mini/stage1", "mini/stage2", "mini/instruct")
-STEPS = 6
+STEPS = 4
 SMALLER = ("training.compile=false", "data.validation=[]", f"training.steps={STEPS}", "training.log_every=1000")
 WEIGHTS = ("frozen weights", "trained weights")  # are there when everything is loaded
 
@@ -30,17 +32,18 @@ def main() -> None:
     parser.add_argument("recipes", nargs="*", default=RECIPES)
     parser.add_argument("--set", action="append", default=[], dest="settings")
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--tensors", action="store_true", help="measure tensors alive at once")
     parser.add_argument("--measure", action="store_true", help="one recipe, in this process; prints JSON")
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.recipes[0], args.settings)))
+        print(json.dumps((measure_tensors if args.tensors else measure)(args.recipes[0], args.settings)))
         return
     print(
         "| recipe | precision | foretold, GB | measured, GB | spread | foretold / measured |\n|---|---|---|---|---|---|"
     )
     for recipe in args.recipes:
         given = [f"--set={setting}" for setting in args.settings]
-        command = [sys.executable, __file__, recipe, "--measure", *given]
+        command = [sys.executable, __file__, recipe, "--measure", *(["--tensors"] if args.tensors else []), *given]
         runs = [subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True) for _ in range(args.runs)]
         found = [json.loads(run.stdout.splitlines()[-1]) for run in runs]
         peaks = [one["measured"] for one in found]
@@ -77,8 +80,46 @@ def measure(name: str, settings: list[str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as run_dir:
         loop.train(loop.Job(module=module, batches=batches), recipe, run_dir)
     foretold = sum(part.bytes for part in plan.memory if part.name not in WEIGHTS)
-    by_part = {part.name: round(part.bytes) for part in plan.memory}
-    return {"foretold": foretold, "measured": measured, "precision": plan.precision, "by_part": by_part}
+    return {"foretold": foretold, "measured": measured, "precision": plan.precision}
+
+
+def measure_tensors(name: str, settings: list[str]) -> dict[str, Any]:
+    """Bytes foretold and measured of the tensors alive at once in one step, before any optimiser keeps moments."""
+    import weakref
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_iter
+
+    from blip2.training.plan import Options, make_plan
+    from blip2.training.recipe import apply_overrides, read_recipe
+
+    recipe = apply_overrides(read_recipe(name), [*SMALLER, *settings])
+    plan = make_plan(recipe, Options(gpu="cpu"))
+    module, make = parts(recipe)
+    batch = make()
+    alive: dict[int, int] = {parameter.untyped_storage()._cdata: 0 for parameter in module.parameters()}
+    most = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal most
+            result = func(*args, **(kwargs or {}))
+            for tensor in tree_iter(result):
+                if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in alive:
+                    memory = tensor.untyped_storage()
+                    alive[memory._cdata] = memory.nbytes()
+                    weakref.finalize(memory, alive.pop, memory._cdata, None)
+            most = max(most, sum(alive.values()))
+            return result
+
+    with Watch():
+        with torch.autocast("cpu", torch.bfloat16, enabled=plan.precision == "bfloat16"):
+            loss = module(batch)["loss"]
+        loss.backward()
+    named = ("activations", "logits and their gradients", "bfloat16 copies of weights")
+    foretold = sum(part.bytes for part in plan.memory if part.name in (*named, "features and similarities of ITC"))
+    return {"foretold": foretold, "measured": most, "precision": plan.precision}
 
 
 def parts(recipe: Any) -> tuple[Any, Any]:

@@ -82,7 +82,7 @@ def test_a_frozen_llm_has_its_published_size(language, billions):
 
 
 def test_the_image_encoders_have_their_published_sizes_less_the_last_layer():
-    """Hugging Face adds a norm after the last layer, which is not used, and in ViT-g a bias of zeros to the keys."""
+    """Hugging Face adds a norm after the last layer, which is not used, and to the ViT-g's keys a bias of zeros."""
     vit_g, vit_l = (counted(make_plan(recipe_of(vision=name), Options()))["image encoder"] for name in (VIT_G, VIT_L))
     assert vit_g == (985_894_528 + 2 * 1408 + 39 * 1408, 0)
     assert vit_l == (290_581_504 + 2 * 1024, 0)
@@ -167,7 +167,7 @@ def test_recomputing_layers_costs_another_forward_pass_of_them():
     [("paper/stage1-vit-g", 0.12, 6), ("paper/stage2-flan-t5-xxl", 0.19, 3)],
 )
 def test_the_paper_s_runs_take_the_paper_s_days(name, utilisation, days):
-    """Less than 6 and 3 days on 16 A100 of 40 GB for the largest model: within 30 % at the utilisation reached."""
+    """Less than 6 and 3 days on 16 A100 of 40 GB for the largest model, at what these reached of their peak."""
     plan = make_plan(read_recipe(name), Options(**SIXTEEN_A100, utilisation=utilisation))
     assert plan.days == pytest.approx(days, rel=0.3)
     assert plan.fits

@@ -20,8 +20,7 @@ from blip2.training.step_cost import Parameters, StepSettings, Work
 DAY_SECONDS = 86_400
 MOMENTS = 2  # AdamW keeps two numbers a trained weight
 CUDA_BYTES = 0.9 * GIB  # the context, its kernels, cuBLAS's and NCCL's room
-LOST_SHARE = 0.05  # of what a step allocates, lost between blocks of PyTorch's GPU allocator
-BATCHES_IN_MEMORY = 2  # on the computer's own memory: the one in use, and the next
+LOST_SHARE = {"gpu": 0.05, "cpu": 0.15}  # of what a step allocates, lost between blocks; benchmarks/plan_memory.py
 
 
 @dataclass(frozen=True)
@@ -206,17 +205,19 @@ class _Planner:
             Memory("features and similarities of ITC", itc),
             Memory("one layer gathered from all", self._gathered_layer() if shards > 1 else 0.0),
             Memory("more, while pictures are encoded", max(0.0, encoding - step)),
-            self._around(own, settings, max(step, encoding)),
+            Memory("batches ahead", 0.0 if self.accelerator.is_gpu else self._batch_bytes(own, settings)),
+            Memory(
+                "gaps between blocks", LOST_SHARE["gpu" if self.accelerator.is_gpu else "cpu"] * max(step, encoding)
+            ),
+            Memory("CUDA", CUDA_BYTES if self.accelerator.is_gpu else 0.0),
         ]
         return [part for part in found if part.bytes]
 
-    def _around(self, own: int, settings: StepSettings, step: float) -> Memory:
-        if self.accelerator.is_gpu:
-            return Memory("CUDA and gaps between blocks", CUDA_BYTES + LOST_SHARE * step)
-        image = self.parts.image
+    def _batch_bytes(self, own: int, settings: StepSettings) -> float:
+        """Of the features of a batch, where they come from a cache."""
+        image, training = self.parts.image, self.recipe.training
         features = image.num_tokens * image.width * FLOAT32 if settings.cache_features else 0
-        samples = own * (1 + self.recipe.training.answer_samples / self.recipe.training.batch_size)
-        return Memory("batches in use and ahead", (BATCHES_IN_MEMORY - 1) * samples * features)
+        return own * (1 + training.answer_samples / training.batch_size) * features
 
     def _gathered_layer(self) -> float:
         """The largest part's mean layer, and the next one, which is gathered ahead."""
@@ -243,30 +244,40 @@ class _Planner:
     # What to say
 
     def _advice(self) -> Iterator[str]:
-        """Changes with which it fits, one kind after another, each the smallest of its kind."""
-        limit, own = self.accelerator.memory_bytes, self.recipe.training.accumulation
-        is_stage1 = self.recipe.stage == "stage1"
-        caution = "; each part then has its own, fewer negatives" if is_stage1 else ""
-        ways: list[tuple[str, StepSettings]] = [("", self.settings)]
-        if not self.settings.activation_checkpointing:
-            ways.append(
-                ("training.activation_checkpointing=true", replace(self.settings, activation_checkpointing=True))
+        """Changes with which it fits; one that needs as many parts of a batch as a simpler one does is left out."""
+        own = self.recipe.training.accumulation
+        parts_of: dict[tuple[str, ...], int] = {}
+        for names, way in self._ways():
+            fitting = (
+                parts
+                for parts in self._accumulations()
+                if _total(self.memory(way, parts)) <= self.accelerator.memory_bytes
             )
-        if self.options.gpus > 1 and self.settings.strategy != "fsdp":
-            ways += [(f"{name} training.strategy=fsdp".strip(), replace(way, strategy="fsdp")) for name, way in ways]
-        found = False
-        for name, way in ways:
-            for accumulation in self._accumulations():
-                needed = _total(self.memory(way, accumulation))
-                if needed <= limit:
-                    parts = [name] if name else []
-                    parts += [f"training.accumulation={accumulation}"] if accumulation != own else []
-                    cost = caution if accumulation > own else ""
-                    yield f"--set {' --set '.join(' '.join(parts).split())}: {needed / GIB:.1f} GiB{cost}"
-                    found = True
-                    break
-        if not found:
+            parts = next(fitting, None)
+            simpler = [parts_of[other] for other in parts_of if set(other) < set(names)]
+            if parts is None or any(parts >= other for other in simpler):
+                continue
+            parts_of[names] = parts
+            changes = [*names, *([f"training.accumulation={parts}"] if parts != own else [])]
+            loss = "; each part then has its own, fewer negatives" if self.recipe.stage == "stage1" else ""
+            needed = _total(self.memory(way, parts)) / GIB
+            yield f"--set {' --set '.join(changes)}: {needed:.1f} GiB{loss if parts > own else ''}"
+        if not parts_of:
             yield from self._larger()
+
+    def _ways(self) -> Iterator[tuple[tuple[str, ...], StepSettings]]:
+        """What can be changed besides the parts of a batch, one thing and then two."""
+        recomputing, sharding = "training.activation_checkpointing=true", "training.strategy=fsdp"
+        can_recompute = not self.settings.activation_checkpointing
+        can_shard = self.options.gpus > 1 and self.settings.strategy != "fsdp"
+        yield (), self.settings
+        if can_recompute:
+            yield (recomputing,), replace(self.settings, activation_checkpointing=True)
+        if can_shard:
+            yield (sharding,), replace(self.settings, strategy="fsdp")
+        if can_recompute and can_shard:
+            both = replace(self.settings, activation_checkpointing=True, strategy="fsdp")
+            yield (recomputing, sharding), both
 
     def _larger(self) -> Iterator[str]:
         """Processors on which the run fits as it is, or a plain no."""
