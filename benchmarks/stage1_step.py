@@ -122,6 +122,10 @@ def _arguments() -> tuple[Setting, int, Path | None]:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="a JSON file for the results")
     args = parser.parse_args()
+    if not (args.lavis / "lavis" / "models" / "blip2_models" / "blip2_qformer.py").is_file():
+        raise SystemExit(
+            f"{args.lavis} is no checkout of LAVIS. Get one and name it: git clone https://github.com/salesforce/LAVIS"
+        )
     if args.features == "encoder" and args.size != "published":
         parser.error("--features encoder needs --size published: ViT-g has one width")
     setting = Setting(
