@@ -42,7 +42,7 @@ from blip2.model.stage1 import Blip2Stage1, Text
 from blip2.model.vision import HuggingFaceVision
 from blip2.training.memory import keep_freed_memory
 from blip2.training.optimizer import build_optimizer
-from blip2.training.recipe import OptimizerSection
+from blip2.training.sections import OptimizerSection
 from blip2.training.stage1 import Stage1Step
 
 SEED = 20
