@@ -223,6 +223,11 @@ next(stream), next(stream)
 """
 
 
+def hear_ctrl_c() -> None:
+    """A shell starts what it puts into the background deaf to Ctrl-C, and so are these tests' programs then."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("how", ["exit", "raise", signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_no_process_is_left_however_the_program_ends(how):
     ends_itself = isinstance(how, str)
@@ -232,6 +237,7 @@ def test_no_process_is_left_however_the_program_ends(how):
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=hear_ctrl_c,
     )
     assert program.stdout is not None
     pids = [int(pid) for pid in program.stdout.readline().split()]
