@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from blip2.checkpoints import frozen, lavis, native
-from blip2.errors import BadRecipe, MissingFile, UserError
+from blip2.errors import BadRecipe, MissingFile, UnknownModel, UserError
 from blip2.training import compiled
 from blip2.training.export import export
 from blip2.training.loop import train
+from blip2.training.sections import PromptsSection
 from blip2.training.starting import bridge_weights
 from blip2.training.state import MODEL, OPTIMIZER, newest_checkpoint
 
@@ -117,6 +118,64 @@ def test_a_run_starts_from_a_model_folder_and_from_lavis(root, tmp_path, stage, 
         started = build_in(root, tiny_recipe(root, stage, init_from=str(source)), tmp_path / "x").module.model
         for name, tensor in trained.items():
             torch.testing.assert_close(started.state_dict()[name], tensor, atol=tolerance, rtol=tolerance)
+
+
+def test_a_run_starts_from_a_name_of_the_hub(root, tmp_path, monkeypatch):
+    run_blip2(root, "stage1", tmp_path / "first", steps=2)
+    export(tmp_path / "model", "tiny", stage1=tmp_path / "first")
+    asked = []
+    monkeypatch.setattr(frozen, "snapshot_download", lambda name, **_: asked.append(name) or str(tmp_path / "model"))
+    fetched = bridge_weights("someone/tiny-blip2")
+    assert asked == ["someone/tiny-blip2"]
+    torch.testing.assert_close(fetched["query_tokens"], bridge_weights(str(tmp_path / "model"))["query_tokens"])
+
+
+def test_a_name_that_the_hub_does_not_give_is_told(monkeypatch):
+    monkeypatch.setattr(frozen, "snapshot_download", lambda name, **_: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(UnknownModel, match="'someone/nothing' is no run, folder or file here, nor a model"):
+        bridge_weights("someone/nothing")
+
+
+PROMPTS = {"caption": "a photo of", "caption_instruction": "tell", "question": "Q {} A"}
+
+
+def test_the_recipe_s_prompts_are_what_the_llm_reads_and_what_the_exported_model_asks_with(root, tmp_path):
+    for stage, prompts, instructions in (
+        ("stage2", {"a photo of"}, {"tell"}),
+        ("instruct", {"Q what colour is the cup? A", "Q is it left? A"}, {"what colour is the cup?", "is it left?"}),
+    ):
+        recipe = dataclasses.replace(tiny_recipe(root, stage, steps=1), prompts=PromptsSection(**PROMPTS))
+        batches = build_in(root, recipe, tmp_path / stage).batches
+        read, asked, _ = zip(*map(batches.texts, batches.reader.items(0, 40)), strict=True)
+        assert (set(asked), set(read)) == (prompts, instructions)
+    train(build_in(root, recipe, tmp_path / "run"), recipe, tmp_path / "run")
+    export(tmp_path / "model", "tiny", generation=tmp_path / "run")
+    assert dataclasses.asdict(native.read_settings(tmp_path / "model").prompts) == PROMPTS
+
+
+def test_captions_may_follow_the_picture_with_no_prompt_between(root, tmp_path):
+    recipe = dataclasses.replace(tiny_recipe(root, "stage2"), prompts=PromptsSection(caption=""))
+    job = build_in(root, recipe, tmp_path / "run")
+    batch = job.batches(0)
+    assert batch.prompt.attention_mask.sum() == 0 or (batch.prompt.input_ids == batch.prompt.input_ids[0, 0]).all()
+    loss = job.module(batch)["loss"]
+    loss.backward()
+    assert loss.isfinite() and job.module.model.query_tokens.grad.abs().max() > 0
+
+
+def test_an_encoder_decoder_whose_captions_have_a_prompt_learns_whole_captions(tmp_path):
+    make_parts(tmp_path, decoder_only=False)
+    plain = tiny_recipe(tmp_path, "stage2")
+    for prompts, wanted in ((PromptsSection(), None), (PromptsSection(caption="a photo of"), {"a photo of"})):
+        batches = build_in(tmp_path, dataclasses.replace(plain, prompts=prompts), tmp_path / "run").batches
+        items = batches.reader.items(0, 40)
+        _, prompt, target = zip(*map(batches.texts, items), strict=True)
+        captions = [item.sample.captions[0] for item in items]
+        if wanted:
+            assert set(prompt) == wanted and list(target) == captions
+        else:  # prefix and suffix
+            assert [f"{a} {b}".strip() for a, b in zip(prompt, target, strict=True)] == captions
+            assert list(target) != captions
 
 
 def test_a_start_that_does_not_fit_is_refused(root, tmp_path):

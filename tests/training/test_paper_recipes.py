@@ -54,6 +54,7 @@ STAGE2 = PRE_TRAINING | {
     "training.steps": 80_000,
     "training.label_smoothing": 0.0,
 }
+BARE = {"prompts.caption": ""}  # decoders; null is prefix language modelling, as encoder-decoders learn
 FINE_TUNING = {
     "model.vision": VIT_G,
     "model.train_vision": True,
@@ -73,6 +74,9 @@ INSTRUCT = {
     "model.train_vision": False,
     "data.max_text_length": 128,
     "data.max_answer_length": 256,
+    "prompts.caption": "Write a short description for the image.",
+    "prompts.caption_instruction": "Write a short description for the image.",
+    "prompts.question": "{}",  # the instruction as it stands
     "optimizer.learning_rate": 1e-5,
     "optimizer.warmup_steps": 1000,
     "optimizer.warmup_learning_rate": 1e-8,
@@ -86,14 +90,15 @@ VQA_QUESTIONS, VISUAL_GENOME_QUESTIONS = 443_757 + 214_354, 1_445_322
 TABLE = {
     "paper/stage1-vit-g": STAGE1 | {"training.batch_size": 1680},
     "paper/stage1-vit-l": STAGE1 | {"training.batch_size": 2320, "model.vision": VIT_L},
-    "paper/stage2-opt-2.7b": STAGE2 | {"training.batch_size": 1920, "model.language": "facebook/opt-2.7b"},
-    "paper/stage2-opt-6.7b": STAGE2 | {"training.batch_size": 1920, "model.language": "facebook/opt-6.7b"},
+    "paper/stage2-opt-2.7b": STAGE2 | {"training.batch_size": 1920, "model.language": "facebook/opt-2.7b", **BARE},
+    "paper/stage2-opt-6.7b": STAGE2 | {"training.batch_size": 1920, "model.language": "facebook/opt-6.7b", **BARE},
     "paper/stage2-flan-t5-xl": STAGE2 | {"training.batch_size": 1520, "model.language": "google/flan-t5-xl"},
     "paper/stage2-flan-t5-xxl": STAGE2 | {"training.batch_size": 1520, "model.language": "google/flan-t5-xxl"},
     "finetune/coco-caption": FINE_TUNING
     | {
         "stage": "stage2",
         "model.image_size": 364,
+        "prompts.caption": "a photo of",
         "optimizer.layer_decay": 1.0,
         "training.batch_size": 256,
         "training.steps": round(5 * COCO_CAPTIONS / 256),
@@ -104,6 +109,7 @@ TABLE = {
         "stage": "instruct",
         "model.image_size": 490,
         "model.instruction_aware": True,
+        "prompts.question": "Question: {} Answer:",
         "optimizer.layer_decay": 0.95,
         "training.batch_size": 128,
         "training.steps": round(5 * (VQA_QUESTIONS + VISUAL_GENOME_QUESTIONS) / 128),
@@ -155,7 +161,7 @@ def test_a_run_that_another_starts_from_is_the_run_of_a_recipe():
     runs = {recipe.name for recipe in recipes.values()}
     starts = {name: recipe.model.init_from for name, recipe in recipes.items() if recipe.model.init_from}
     assert {name: start for name, start in starts.items() if start not in runs} == {
-        "own/caption": "models/blip2-opt-2.7b"  # a folder of one's own
+        "own/caption": "Salesforce/blip2-opt-2.7b"  # of the hub
     }
 
 

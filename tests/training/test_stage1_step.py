@@ -46,7 +46,9 @@ def batch() -> Stage1Batch:
 
 def plain_pass(model: Blip2Stage1, features: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> tuple:
     """Queries and text through all layers as one sequence, image projected anew, under a mask drawn in masks.py."""
-    image = model.qformer.project_image(model.vision_layernorm(features))
+    normed = model.vision_layernorm(features)
+    layers = enumerate(model.qformer.encoder.layer)
+    image = {i: layer.crossattention.project(normed) for i, layer in layers if hasattr(layer, "crossattention")}
     queries = model.query_tokens.expand(len(features), -1, -1)
     output = model.qformer(queries=queries, text=model.embeddings(ids), image=image, mask=mask)
     return output.queries, output.text

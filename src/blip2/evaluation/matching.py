@@ -42,7 +42,7 @@ def match_pairs(retriever: Retriever, image_features: Tensor, texts: Sequence[st
     for some in pairs.split(ROWS_AT_ONCE):
         images, row_of = some[:, 0].unique_consecutive(return_inverse=True)
         features = image_features[images].to(device=device, dtype=dtype)
-        keys = model.qformer.project_image(model.vision_layernorm(features))
+        keys = model.project_image(features)
         text = Text(tokens.input_ids, tokens.attention_mask)[some[:, 1].to(device)]
         length = int(text.attention_mask.sum(dim=1).max())
         text = Text(text.input_ids[:, :length], text.attention_mask[:, :length])

@@ -157,12 +157,13 @@ def _beside_negatives(
     """Keys and values of 3M images: own, negative, own. What lies on this process is projected already."""
     if world_size() == 1:
         return select_images(image, torch.cat([own, negative, own]))
-    fetched = model.vision_layernorm(fetch_rows(image_features, negative))  # (M, N, Dv)
-    return join_images(select_images(image, own), model.qformer.project_image(fetched), select_images(image, own))
+    fetched = model.project_image(fetch_rows(image_features, negative))  # M images
+    both = join_images(image, fetched)
+    return select_images(both, torch.cat([own, len(image_features) + own, own]))
 
 
 def _caption(model: Blip2Stage1, text: Text, past: list[KeyValue], bos_id: int, label_smoothing: float) -> Tensor:
-    hidden = model.caption_hidden(caption_inputs(text.input_ids, bos_id), past)  # (B, T, D)
+    hidden = model.caption_hidden(Text(caption_inputs(text.input_ids, bos_id), text.attention_mask), past)  # (B, T, D)
     is_target = text.attention_mask[:, 1:].bool()  # (B, T-1): each token but the first is predicted
     logits = model.vocabulary_logits(hidden[:, :-1][is_target])  # (M, V)
     targets = text.input_ids[:, 1:][is_target]  # (M,)

@@ -14,32 +14,50 @@ Attribute names are Hugging Face's (`transformers.Blip2QFormerModel`), so weight
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from blip2.model.config import QFormerConfig
+from blip2.model.layout import Layout
+from blip2.model.recomputed import Dropout, attend_again, gelu_linear, saves_memory
 
 
 @dataclass(frozen=True)
 class KeyValue:
-    """Keys and values of one attention, each (B, H, S, D/H)."""
+    """Keys and values of one attention.
+
+    Attributes:
+        key, value: (B, H, S, D/H) each.
+        chosen: (C,) the batch rows meant, in that order, repeats allowed: they are copied where they are attended to,
+            and no sooner. None: all as they are.
+    """
 
     key: Tensor
     value: Tensor
+    chosen: Tensor | None = None
 
     def rows(self, rows: Tensor) -> "KeyValue":
-        """Those of the batch rows numbered `rows` (index_select: its backward adds faster than that of `[rows]`)."""
-        return KeyValue(self.key.index_select(0, rows), self.value.index_select(0, rows))
+        """Those of the batch rows numbered `rows`."""
+        return KeyValue(self.key, self.value, rows if self.chosen is None else self.chosen[rows])
+
+    def copied(self) -> "KeyValue":
+        """The chosen rows by themselves (index_select: its backward adds faster than that of `[chosen]`)."""
+        if self.chosen is None:
+            return self
+        return KeyValue(self.key.index_select(0, self.chosen), self.value.index_select(0, self.chosen))
 
     def above(self, other: "KeyValue") -> "KeyValue":
         """These with the batch rows of `other` below them."""
-        return KeyValue(torch.cat([self.key, other.key]), torch.cat([self.value, other.value]))
+        upper, lower = self.copied(), other.copied()
+        return KeyValue(torch.cat([upper.key, lower.key]), torch.cat([upper.value, lower.value]))
 
     def then(self, other: "KeyValue") -> "KeyValue":
         """These followed by `other`, along the sequence."""
-        return KeyValue(torch.cat([self.key, other.key], dim=2), torch.cat([self.value, other.value], dim=2))
+        first, next_ = self.copied(), other.copied()
+        return KeyValue(torch.cat([first.key, next_.key], dim=2), torch.cat([first.value, next_.value], dim=2))
 
 
 ImageKeyValues = dict[int, KeyValue]  # layer number -> the image's keys and values there
@@ -99,19 +117,36 @@ class Attention(nn.Module):
         self.attention = Projections(width, key_width)
         self.output = ResidualNorm(width, config)
 
-    def project(self, source: Tensor) -> KeyValue:
-        """Keys and values of `source` (B, S, key_width)."""
-        return KeyValue(self._heads(self.attention.key(source)), self._heads(self.attention.value(source)))
+    def project(self, source: Tensor, layout: Layout | None = None) -> KeyValue:
+        """Keys and values of `source`: rows (B, S, key_width), or positions (M, key_width) as `layout` says."""
+        key, value = self.attention.key(source), self.attention.value(source)
+        return KeyValue(self._heads(key, layout), self._heads(value, layout))
 
-    def forward(self, hidden: Tensor, keys: KeyValue, mask: Tensor | None) -> Tensor:
-        """Attend from `hidden` (B, S, D) to `keys`; `mask` broadcasts to (B, H, S, keys), true = may attend."""
-        query = self._heads(self.attention.query(hidden))  # (B, H, S, D/H)
+    def project_normed(self, normed: Tensor, norm: nn.LayerNorm) -> KeyValue:
+        """Keys and values of `norm`'s result, given what it is before its gain and shift: (B, S, key_width).
+
+        Gain and shift are multiplied into the maps, so that no gradient needs to reach `normed`: the same keys, values
+        and gradients for a third less work.
+        """
+        maps = self.attention.key, self.attention.value
+        key, value = (
+            F.linear(normed, one.weight * norm.weight, one.bias + (one.weight * norm.bias).sum(dim=1)) for one in maps
+        )
+        return KeyValue(self._heads(key), self._heads(value))
+
+    def forward(self, hidden: Tensor, keys: KeyValue, mask: Tensor | None, layout: Layout | None = None) -> Tensor:
+        """Attend from `hidden` to `keys`; `mask` broadcasts to (B, H, S, keys), true = may attend.
+
+        `hidden`, and what is returned, are rows (B, S, D), or positions (M, D) that lie as `layout` says.
+        """
+        query = self._heads(self.attention.query(hidden), layout)  # (B, H, S, D/H)
         dropout = self.dropout_prob if self.training else 0.0
-        context = attend(query, keys, mask, dropout)  # (B, H, S, D/H)
-        return self.output(context.transpose(1, 2).flatten(2), hidden)  # (B, S, D)
+        context = attend(query, keys, mask, dropout).transpose(1, 2).flatten(2)  # (B, S, D)
+        return self.output(layout.positions(context) if layout else context, hidden)
 
-    def _heads(self, projected: Tensor) -> Tensor:
-        return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, S, D/H)
+    def _heads(self, projected: Tensor, layout: Layout | None = None) -> Tensor:
+        rows = layout.rows(projected) if layout else projected  # (B, S, D)
+        return rows.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, S, D/H)
 
 
 def attend(query: Tensor, keys: KeyValue, mask: Tensor | None, dropout: float) -> Tensor:
@@ -121,8 +156,13 @@ def attend(query: Tensor, keys: KeyValue, mask: Tensor | None, dropout: float) -
     x 42 x 42: 626 ms against 44, torch 2.13, 2 cores with AMX).
     """
     if query.device.type != "cpu":
+        keys = keys.copied()
         return F.scaled_dot_product_attention(query, keys.key, keys.value, attn_mask=mask, dropout_p=dropout)
     with torch.autocast("cpu", enabled=False):
+        if dropout and saves_memory(query.device):
+            attended = attend_again(query.float(), keys.key.float(), keys.value.float(), keys.chosen, mask, dropout)
+            return attended.to(query.dtype)
+        keys = keys.copied()
         q, k, v = query.float(), keys.key.float(), keys.value.float()
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout).to(query.dtype)
 
@@ -134,21 +174,30 @@ class ResidualNorm(nn.Module):
         super().__init__()
         self.dense = nn.Linear(width_in, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden: Tensor, residual: Tensor) -> Tensor:
-        return self.LayerNorm(self.dropout(self.dense(hidden)) + residual)
+        return self.after(self.dense(hidden), residual)
+
+    def after(self, mapped: Tensor, residual: Tensor) -> Tensor:
+        """What follows the dense map."""
+        return self.LayerNorm(self.dropout(mapped) + residual)
 
 
 class Intermediate(nn.Module):
-    """The widening half of a feed-forward network, exact GELU."""
+    """The widening half of a feed-forward network; an exact GELU follows it."""
 
     def __init__(self, config: QFormerConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.gelu(self.dense(hidden))
+        return self.dense(hidden)
+
+
+def feed_forward(widening: Intermediate, narrowing: ResidualNorm, hidden: Tensor) -> Tensor:
+    """A feed-forward network with residual and post-norm, (..., D) -> (..., D)."""
+    return narrowing.after(gelu_linear(widening(hidden), narrowing.dense), hidden)
 
 
 class QFormerLayer(nn.Module):
@@ -173,28 +222,33 @@ class QFormerLayer(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        num_queries: int,
+        layout: Layout,
         *,
         image: KeyValue | None,
         mask: Tensor | None,
         past: KeyValue | None,
+        ends_text: bool = False,
     ) -> tuple[Tensor, KeyValue]:
-        """One layer over `hidden` (B, S, D), whose first `num_queries` positions are queries, the rest text.
+        """One layer over `hidden` (M, D), which lies as `layout` says.
 
         Returns:
-            hidden (B, S, D) and this layer's own self-attention keys and values (without `past`).
+            hidden (M, D), without the text's positions if `ends_text`; and this layer's own self-attention keys and
+            values (without `past`).
         """
-        own = self.attention.project(hidden)
-        hidden = self.attention(hidden, past.then(own) if past else own, mask)
-        queries, text = hidden[:, :num_queries], hidden[:, num_queries:]
+        own = self.attention.project(hidden, layout)
+        if ends_text:
+            hidden, layout = layout.split(hidden)[0], layout.without_text
+        hidden = self.attention(hidden, past.then(own) if past else own, mask, layout)
+        queries, text = layout.split(hidden)
         sides = []
-        if num_queries:
+        if layout.num_queries:
             if image is not None:
-                queries = self.crossattention(queries, image, None)
-            sides.append(self.output_query(self.intermediate_query(queries), queries))
-        if text.shape[1]:
-            sides.append(self.output(self.intermediate(text), text))
-        return sides[0] if len(sides) == 1 else torch.cat(sides, dim=1), own
+                rows = queries.unflatten(0, (layout.batch, -1))  # (B, Q, D)
+                queries = self.crossattention(rows, image, None).flatten(0, 1)
+            sides.append(feed_forward(self.intermediate_query, self.output_query, queries))
+        if layout.num_text:
+            sides.append(feed_forward(self.intermediate, self.output, text))
+        return sides[0] if len(sides) == 1 else torch.cat(sides), own
 
 
 class Layers(nn.Module):
@@ -220,22 +274,27 @@ class QFormer(nn.Module):
         super().__init__()
         self.config = config
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.encoder = Layers(config, has_text=has_text)
 
-    def project_image(self, image_features: Tensor) -> ImageKeyValues:
+    def project_image(self, image_features: Tensor, norm: nn.LayerNorm) -> ImageKeyValues:
         """Keys and values of the image for every cross-attention, computed once however many passes use them.
 
         Args:
-            image_features: (B, N, Dv), after the vision LayerNorm.
+            image_features: (B, N, Dv).
+            norm: the vision LayerNorm, which they pass first.
         """
-        image = {}
-        for i, layer in enumerate(self.encoder.layer):
-            if self.config.has_cross_attention(i):
-                attention = layer.get_submodule("crossattention")
-                assert isinstance(attention, Attention)
-                image[i] = attention.project(image_features)
-        return image
+        attentions: dict[int, Any] = {
+            i: layer.get_submodule("crossattention")
+            for i, layer in enumerate(self.encoder.layer)
+            if self.config.has_cross_attention(i)
+        }
+        learns_alone = torch.is_grad_enabled() and norm.weight.requires_grad and not image_features.requires_grad
+        if not learns_alone:
+            seen = _cast(norm(image_features))
+            return {i: attention.project(seen) for i, attention in attentions.items()}
+        normed = _cast(F.layer_norm(image_features, norm.normalized_shape, eps=norm.eps))
+        return {i: attention.project_normed(normed, norm) for i, attention in attentions.items()}
 
     def forward(
         self,
@@ -245,6 +304,8 @@ class QFormer(nn.Module):
         image: ImageKeyValues | None = None,
         mask: Tensor | None = None,
         past: list[KeyValue] | None = None,
+        text_is_real: Tensor | None = None,
+        wants_text: bool = True,
     ) -> QFormerOutput:
         """Run one pass.
 
@@ -252,27 +313,39 @@ class QFormer(nn.Module):
             queries: (B, Q, D) query embeddings, or None for a pass over text alone.
             text: (B, T, D) text embeddings, or None for a pass over queries alone.
             image: from `project_image`; needed when queries are given.
-            mask: bool, broadcasting to (B, H, S, past+S); None lets all see all.
+            mask: bool, broadcasting to (B, H, S, past+S), (B, H, 1, past+S) without `wants_text`; None: all see all.
             past: keys and values of an earlier pass by layer, put before this pass's own.
+            text_is_real: (B, T), true or 1 where a token is no padding, which a CPU leaves out while it trains; what is
+                returned is zero there.
+            wants_text: whether the text's hidden states are returned, or serve the queries alone.
         """
-        fed = [side for side in (queries, text) if side is not None]
-        num_queries = 0 if queries is None else queries.shape[1]
-        hidden = self.dropout(self.layernorm(torch.cat(fed, dim=1) if len(fed) == 2 else fed[0]))  # (B, S, D)
+        leaves_out = text is not None and text_is_real is not None and saves_memory(text.device)
+        layout = Layout.of(queries, text, text_is_real if leaves_out else None)
+        hidden = self.dropout(self.layernorm(layout.pack(queries, text)))  # (M, D)
         own_past = []
+        last = len(self.encoder.layer) - 1
         for i, layer in enumerate(self.encoder.layer):
             hidden, own = layer(
                 hidden,
-                num_queries,
-                image=image.get(i) if image and num_queries else None,
+                layout,
+                image=image.get(i) if image and layout.num_queries else None,
                 mask=mask,
                 past=past[i] if past else None,
+                ends_text=i == last and text is not None and not wants_text,
             )
             own_past.append(own)
+        found, told = layout.split(hidden)
         return QFormerOutput(
-            queries=hidden[:, :num_queries] if queries is not None else None,
-            text=hidden[:, num_queries:] if text is not None else None,
+            queries=None if queries is None else found.unflatten(0, (layout.batch, -1)),
+            text=layout.texts(told) if text is not None and wants_text else None,
             past=own_past,
         )
+
+
+def _cast(features: Tensor) -> Tensor:
+    """In autocast's precision, where that is on: once, and not for each map that reads them."""
+    device = features.device.type
+    return features.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else features
 
 
 class TextEmbeddings(nn.Module):

@@ -101,9 +101,13 @@ class Blip2Stage1(nn.Module):
         assert self.vision_model is not None, "this model was built for ready image features"
         return self.vision_model(pixel_values)
 
+    def project_image(self, image_features: Tensor) -> ImageKeyValues:
+        """Cross-attention keys and values of images (B, N, Dv), by layer."""
+        return self.qformer.project_image(image_features, self.vision_layernorm)
+
     def image_pass(self, image_features: Tensor) -> ImagePass:
         """Let the queries look at the images `image_features` (B, N, Dv)."""
-        image = self.qformer.project_image(self.vision_layernorm(image_features))
+        image = self.project_image(image_features)
         queries = self.query_tokens.expand(image_features.shape[0], -1, -1)
         output = self.qformer(queries=queries, image=image)
         assert output.queries is not None
@@ -117,15 +121,18 @@ class Blip2Stage1(nn.Module):
             text=self.embeddings(text.input_ids),
             image=image,
             mask=together_mask(self.config.num_query_tokens, text.attention_mask),
+            text_is_real=text.attention_mask,
+            wants_text=False,
         )
         assert output.queries is not None
         return self.itm_head(output.queries).mean(dim=1)  # (B, 2)
 
-    def caption_hidden(self, input_ids: Tensor, past: list[KeyValue]) -> Tensor:
+    def caption_hidden(self, text: Text, past: list[KeyValue]) -> Tensor:
         """ITG: hidden states (B, T, D) of text after the queries of an image pass."""
-        num_past, length = past[0].key.shape[2], input_ids.shape[1]
-        mask = continuation_mask(num_past, length, input_ids.device)
-        output = self.qformer(text=self.embeddings(input_ids), past=past, mask=mask)
+        num_past, length = past[0].key.shape[2], text.input_ids.shape[1]
+        mask = continuation_mask(num_past, length, text.input_ids.device)
+        words = self.embeddings(text.input_ids)
+        output = self.qformer(text=words, past=past, mask=mask, text_is_real=text.attention_mask)
         assert output.text is not None
         return output.text
 
@@ -154,7 +161,7 @@ class Blip2Stage1(nn.Module):
     def pool_texts(self, text: Text) -> Tensor:
         """Texts as one vector each, (B, D), before the projection of ITC."""
         mask = text.attention_mask.bool()[:, None, None]  # (B, 1, 1, T)
-        hidden = self.qformer(text=self.embeddings(text.input_ids), mask=mask).text
+        hidden = self.qformer(text=self.embeddings(text.input_ids), mask=mask, text_is_real=text.attention_mask).text
         assert hidden is not None
         if self.config.text_pooling == "cls":
             return hidden[:, 0]
@@ -163,7 +170,7 @@ class Blip2Stage1(nn.Module):
 
     def match(self, image_features: Tensor, text: Text) -> Tensor:
         """ITM logits (B, 2) of image b with text b."""
-        return self.match_logits(self.qformer.project_image(self.vision_layernorm(image_features)), text)
+        return self.match_logits(self.project_image(image_features), text)
 
 
 def load_text_weights(model: nn.Module, bert: dict[str, Tensor], only: Collection[str] | None = None) -> list[str]:

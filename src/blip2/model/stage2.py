@@ -67,7 +67,7 @@ class Blip2Stage2(nn.Module):
         Returns:
             (B, Q, D).
         """
-        image = self.qformer.project_image(self.vision_layernorm(image_features))
+        image = self.qformer.project_image(image_features, self.vision_layernorm)
         queries = self.query_tokens.expand(image_features.shape[0], -1, -1)
         if instruction is None:
             output = self.qformer(queries=queries, image=image).queries
@@ -75,7 +75,10 @@ class Blip2Stage2(nn.Module):
             assert self.instruction_aware, "this model's Q-Former has no text half"
             mask = together_mask(self.config.num_query_tokens, instruction.attention_mask)
             text = self.embeddings(instruction.input_ids)
-            output = self.qformer(queries=queries, text=text, image=image, mask=mask).queries
+            is_real = instruction.attention_mask
+            # The last layer's text is computed though nothing reads it: its gradient of zero lets weight decay reach
+            # that layer on any number of processes, as in the original.
+            output = self.qformer(queries=queries, text=text, image=image, mask=mask, text_is_real=is_real).queries
         assert output is not None
         return output
 

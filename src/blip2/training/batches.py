@@ -26,7 +26,7 @@ from blip2.preprocessing.prompts import question_prompt
 from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer, TextBatch
 from blip2.training.images import Images
 from blip2.training.instruct import NOT_LISTED, AnswerBatch, InstructBatch
-from blip2.training.sections import DataSection
+from blip2.training.sections import DataSection, PromptsSection
 from blip2.training.stage2 import Stage2Batch
 
 TRIES = 20  # other samples that may stand in for one that cannot be read
@@ -163,15 +163,6 @@ class Stage1Batches:
         return caption
 
 
-@dataclass(frozen=True)
-class PromptTexts:
-    """What the LLM continues, and what the Q-Former reads, for a caption and for a question."""
-
-    caption: str
-    caption_instruction: str
-    question: str
-
-
 class Stage2Batches:
     """Batch number -> Stage2Batch."""
 
@@ -181,7 +172,7 @@ class Stage2Batches:
         language_tokenizer: LanguageTokenizer,
         data: DataSection,
         batch_size: int,
-        prompts: PromptTexts,
+        prompts: PromptsSection,
         *,
         instruction_tokenizer: QFormerTokenizer | None = None,
         splits_captions: bool = False,
@@ -230,7 +221,7 @@ class Stage2Batches:
         caption = item.sample.captions[int(item.rng.integers(len(item.sample.captions)))]
         if self.splits_captions:
             return (self.prompts.caption_instruction, *split_caption(caption, item.rng.random()))
-        return self.prompts.caption_instruction, self.prompts.caption, caption
+        return self.prompts.caption_instruction, self.prompts.before_caption, caption
 
 
 class InstructBatches:

@@ -12,8 +12,7 @@ from blip2.distributed import first_goes_first, rank, world_size
 from blip2.errors import BadRecipe
 from blip2.model.stage1 import Blip2Stage1, load_text_weights
 from blip2.model.stage2 import Blip2Stage2
-from blip2.preprocessing.prompts import CAPTION_INSTRUCTION, CAPTION_PROMPT, QUESTION_PROMPT
-from blip2.training.batches import InstructBatches, ItemReader, PromptTexts, Stage1Batches, Stage2Batches
+from blip2.training.batches import InstructBatches, ItemReader, Stage1Batches, Stage2Batches
 from blip2.training.compiled import compile_layers
 from blip2.training.instruct import InstructStep, list_answers
 from blip2.training.job import Job
@@ -28,7 +27,6 @@ from blip2.training.stage2 import Stage2Step
 from blip2.training.starting import start_from
 from blip2.training.validation import Answers, Retrieval
 
-PROMPTS = PromptTexts(caption=CAPTION_PROMPT, caption_instruction=CAPTION_INSTRUCTION, question=QUESTION_PROMPT)
 VALIDATION_QUESTIONS = 256
 LISTED_SEED = 1_000_003  # added to a run's seed, so that classified samples are others than those the LLM answers
 
@@ -179,9 +177,9 @@ def _stage2_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader, faults: 
         language_tokenizer,
         recipe.data,
         recipe.training.micro_batch_size,
-        PROMPTS,
+        recipe.prompts,
         instruction_tokenizer=parts.qformer_tokenizer if is_aware else None,
-        splits_captions=recipe.stage == "stage2" and language_model.is_encoder_decoder,
+        splits_captions=recipe.splits_captions(is_encoder_decoder=language_model.is_encoder_decoder),
     )
     every = recipe.training.evaluate_every
     held = [held_out(recipe, name, parts, faults) for name in recipe.data.validation]

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from blip2.checkpoints import frozen, native
 from blip2.errors import BadRecipe
-from blip2.preprocessing.prompts import CAPTION_INSTRUCTION, CAPTION_PROMPT, QUESTION_PROMPT
 from blip2.preprocessing.text import QFormerTokenizer
 from blip2.registry import PACKAGES
 from blip2.training import state, tuned_parts
@@ -147,7 +146,9 @@ def model_settings(name: str, recipe: Recipe, taken: tuple[str, ...]) -> native.
         image_size=vision.image_size,
         image_mean=vision.image_mean,
         image_std=vision.image_std,
-        prompts=native.Prompts(CAPTION_PROMPT, CAPTION_INSTRUCTION, QUESTION_PROMPT),
+        prompts=native.Prompts(
+            recipe.prompts.before_caption, recipe.prompts.caption_instruction, recipe.prompts.question
+        ),
         text_init=native.FrozenPart(section.text_init, _package_sha256(section.text_init)),
         language=native.FrozenPart(section.language, _package_sha256(section.language)) if section.language else None,
         instruction_aware=section.instruction_aware,

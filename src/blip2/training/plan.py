@@ -312,7 +312,7 @@ class _Planner:
             f"Texts are taken to be {self.length.text} tokens long, the limit; --text-tokens says how long a batch's "
             "longest is"
         )
-        if getattr(recipe.model, "lora_rank", 0):
+        if recipe.model.lora_rank:
             yield "LoRA's adapters (model.lora_rank) are not counted"
         if self.settings.compiles:
             yield "training.compile keeps less than is counted here"

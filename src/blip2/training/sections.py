@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
+from blip2.preprocessing.prompts import CAPTION_INSTRUCTION, CAPTION_PROMPT, QUESTION_PROMPT
+
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
@@ -53,7 +55,7 @@ class ModelSection:
     """Dropout on the Q-Former's attention weights; 0 keeps the fast attention kernels in use."""
     init_from: str | None = None
     """What the bridge's weights start from: a run (by name or folder), a checkpoint, a model folder of ours or Hugging
-    Face's, a .pth of LAVIS."""
+    Face's or its hub's name, a .pth of LAVIS."""
     instruction_aware: bool = False
     """Show the instruction to the Q-Former too, as InstructBLIP does."""
     train_vision: bool = False
@@ -147,6 +149,30 @@ class DataSection:
                     f"{item.name} has a share below {SMALLEST_SHARE:.1%}: raise its weight or leave it out"
                 )
         return self
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PromptsSection:
+    """What stands before the texts that the language model learns to say; an exported model asks with the same."""
+
+    caption: str | None = None
+    """What a caption continues, such as "a photo of" (the paper's when it fine-tunes) or "" for nothing; null for "A
+    picture of" or, in stage2 of an encoder-decoder, a beginning of the caption itself (prefix language modelling)."""
+    caption_instruction: str = CAPTION_INSTRUCTION
+    """What an instruction-aware Q-Former reads where a caption is wanted."""
+    question: str = QUESTION_PROMPT
+    """What an answer continues; {} stands for the question."""
+
+    @model_validator(mode="after")
+    def _question_has_a_place(self) -> "PromptsSection":
+        if "{}" not in self.question:
+            raise ValueError(f"question {self.question!r} has no {{}}, where the question shall stand")
+        return self
+
+    @property
+    def before_caption(self) -> str:
+        """What a caption continues."""
+        return CAPTION_PROMPT if self.caption is None else self.caption
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -280,8 +306,13 @@ class Recipe:
     """Decides the order of the samples, dropout and negatives."""
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection
+    prompts: PromptsSection = Field(default_factory=PromptsSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     training: TrainingSection
+
+    def splits_captions(self, *, is_encoder_decoder: bool) -> bool:
+        """Whether a caption's beginning goes to the LLM's encoder, its rest is learnt (prefix language modelling)."""
+        return self.stage == "stage2" and is_encoder_decoder and self.prompts.caption is None
 
     @model_validator(mode="after")
     def _stage_has_its_parts(self) -> "Recipe":

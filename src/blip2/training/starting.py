@@ -1,15 +1,18 @@
 """The weights that a run's bridge starts from: another run, a model folder, or the originals' checkpoints."""
 
+import re
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from blip2 import paths
-from blip2.checkpoints import huggingface, lavis, native
+from blip2.checkpoints import frozen, huggingface, lavis, native
 from blip2.errors import BadRecipe, MissingFile
 from blip2.training import state
 from blip2.training.sections import Recipe
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # owner/model
 
 
 def start_from(model: nn.Module, recipe: Recipe) -> None:
@@ -40,14 +43,17 @@ def bridge_weights(source: str, part: str = "stage1") -> dict[str, Tensor]:
 
     Args:
         source: a run (its newest checkpoint), a checkpoint folder, a safetensors file; a model folder, ours or Hugging
-            Face's; a .pth of LAVIS.
+            Face's, or a name of the hub; a .pth of LAVIS.
         part: which to take of a model folder that has two.
 
     Raises:
         MissingFile: nothing is there.
+        UnknownModel: it might be a name of the hub, which has no such model or was not to be reached.
         BadData, Untrusted: what is there cannot be read, or not safely.
     """
     path = run_folder(source)
+    if not path.exists() and HUB_NAME.fullmatch(source):
+        path = frozen.hub_folder(source, f"model.init_from: {source!r} is no run, folder or file here")
     if path.suffix == ".pth":
         return lavis.read(path).weights
     if huggingface.is_checkpoint(path):

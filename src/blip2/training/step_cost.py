@@ -16,7 +16,6 @@ from blip2.model.language import LanguageModel
 from blip2.model.stage1 import Blip2Stage1
 from blip2.model.stage2 import Blip2Stage2
 from blip2.model.vision import HuggingFaceVision, ImageEncoder
-from blip2.preprocessing.prompts import CAPTION_PROMPT, QUESTION_PROMPT
 from blip2.training import shapes
 from blip2.training.frozen_cost import ImageFeatures, PartCost, encoder_cost, image_features, language_cost
 from blip2.training.qformer_cost import (
@@ -28,6 +27,7 @@ from blip2.training.qformer_cost import (
     image_flops,
     pass_bytes,
     pass_flops,
+    uncopied_weights,
     vocabulary_bytes,
     vocabulary_flops,
 )
@@ -74,17 +74,16 @@ class StepSettings:
 
     @classmethod
     def of(cls, recipe: Recipe) -> "StepSettings":
-        """A recipe's own; settings that this version's recipes do not have keep their defaults."""
-        model, data, training = recipe.model, recipe.data, recipe.training
-        trains_vision = getattr(model, "train_vision", False)
+        """A recipe's own."""
+        model, training = recipe.model, recipe.training
         return cls(
-            strategy=getattr(training, "strategy", "ddp"),
-            activation_checkpointing=getattr(training, "activation_checkpointing", False),
-            cache_features=getattr(data, "cache_features", True) and not trains_vision,
-            train_vision=trains_vision,
-            image_size=getattr(model, "image_size", None),
-            has_average=getattr(training, "ema_decay", 0.0) > 0,
-            itc_chunk=getattr(training, "itc_chunk", 0),
+            strategy=training.strategy,
+            activation_checkpointing=training.activation_checkpointing,
+            cache_features=recipe.data.cache_features,
+            train_vision=model.train_vision,
+            image_size=model.image_size,
+            has_average=training.ema_decay > 0,
+            itc_chunk=training.itc_chunk,
             compiles=training.compile,
         )
 
@@ -202,14 +201,14 @@ def lengths(recipe: Recipe, settings: StepSettings, language: LanguageModel | No
     text = settings.text_tokens or recipe.data.max_text_length
     if language is None:
         return Lengths(text)
-    if recipe.stage == "stage2" and language.is_encoder_decoder:
+    if recipe.splits_captions(is_encoder_decoder=language.is_encoder_decoder):
         return Lengths(text, prompt=math.ceil(text / 2), target=text)  # a caption's first half at most is its prefix
     kinds = []
     for item in recipe.data.mixture:
         if item.task == "caption":
-            kinds.append((len(CAPTION_PROMPT.split()) + 1, text))
+            kinds.append((len(recipe.prompts.before_caption.split()) + 1, text))
         else:
-            kinds.append((text + len(QUESTION_PROMPT.split()), min(text, recipe.data.max_answer_length)))
+            kinds.append((text + len(recipe.prompts.question.split()), min(text, recipe.data.max_answer_length)))
     target = max(answer for _, answer in kinds)
     if language.is_encoder_decoder:
         return Lengths(text, prompt=max(prompt for prompt, _ in kinds), target=target)
@@ -246,7 +245,8 @@ def passes(recipe: Recipe, parts: StepParts, length: Lengths) -> list[Pass]:
         wanted = [Pass("queries (ITC, ITG)", 1, queries=queries), Pass("texts (ITC)", 1, text=length.text)]
         if training.itm_weight:
             rows = ITM_ROWS * training.matched_share
-            wanted.append(Pass("pairs (ITM)", rows, queries=queries, text=length.text))
+            pairs = Pass("pairs (ITM)", rows, queries=queries, text=length.text, shares_images=True, ends_early=True)
+            wanted.append(pairs)
         if training.itg_weight:
             wanted.append(Pass("captions (ITG)", 1, text=length.text, past=queries))
         return wanted
@@ -278,7 +278,9 @@ def work(
         encoder = found.encoder
         told.append(Work("image encoder", encoder.forward_flops, encoder.backward_flops + again * _learns(encoder)))
     images = 1 + recipe.training.answer_samples / recipe.training.batch_size
-    told.append(_learning("keys and values of images", images * image_flops(config, image_tokens)))
+    projected = images * image_flops(config, image_tokens)
+    backward = BACKWARD * projected if settings.train_vision else projected  # a frozen encoder takes no gradient
+    told.append(Work("keys and values of images", projected, backward))
     told += [_learning(one.name, pass_flops(one, config, image_tokens), again) for one in passes(recipe, parts, length)]
     if recipe.stage == "stage1":
         told += _stage1_heads(recipe, config, length, world)
@@ -362,7 +364,7 @@ def kept(
     config, image_tokens = parts.config, parts.image.num_tokens
     checkpointed = settings.activation_checkpointing
     images = 1 + recipe.training.answer_samples / recipe.training.batch_size
-    activations = images * image_bytes(config, image_tokens, arithmetic)
+    activations = images * image_bytes(config, image_tokens, arithmetic, is_trained=settings.train_vision)
     for one in passes(recipe, parts, length):
         activations += pass_bytes(one, config, image_tokens, arithmetic, checkpointed=checkpointed)
     logits = 0.0
@@ -375,8 +377,12 @@ def kept(
         logits = length.target * parts.language.model.config.get_text_config().vocab_size * LOGITS_BYTES
     if settings.train_vision:
         activations += found.encoder.checkpointed_bytes() if checkpointed else found.encoder.kept_bytes
-    trained = sum(part.trained for part in parameters(parts, settings))
-    return Kept(activations, logits, trained * arithmetic.product if arithmetic.casts else 0.0)
+    copied = 0
+    if arithmetic.casts:
+        has_text = recipe.stage == "stage1" or recipe.model.instruction_aware
+        copied = sum(part.trained for part in parameters(parts, settings))
+        copied -= uncopied_weights(config, arithmetic, has_text=has_text, trains_vision=settings.train_vision)
+    return Kept(activations, logits, copied * arithmetic.product)
 
 
 def itc_bytes(config: QFormerConfig, own: int, world: int, chunk: int) -> float:

@@ -116,7 +116,7 @@ class Answers:
         samples, prompts = self.held.samples, self.batches.prompts
         spaced = range(0, len(samples), max(1, len(samples) // self.limit))
         return [
-            Asked(i, prompts.caption_instruction, prompts.caption, samples[i].captions[0], samples[i].captions)
+            Asked(i, prompts.caption_instruction, prompts.before_caption, samples[i].captions[0], samples[i].captions)
             for i in spaced
         ]
 
