@@ -49,6 +49,12 @@ class KeyValue:
             return self
         return KeyValue(self.key.index_select(0, self.chosen), self.value.index_select(0, self.chosen))
 
+    def for_many(self) -> "KeyValue":
+        """As a CPU's attention takes them in training, so that several passes need no copies: float32, head by head."""
+        if not saves_memory(self.key.device):
+            return self
+        return KeyValue(self.key.float().contiguous(), self.value.float().contiguous(), self.chosen)
+
     def above(self, other: "KeyValue") -> "KeyValue":
         """These with the batch rows of `other` below them."""
         upper, lower = self.copied(), other.copied()
@@ -292,9 +298,9 @@ class QFormer(nn.Module):
         learns_alone = torch.is_grad_enabled() and norm.weight.requires_grad and not image_features.requires_grad
         if not learns_alone:
             seen = _cast(norm(image_features))
-            return {i: attention.project(seen) for i, attention in attentions.items()}
+            return {i: attention.project(seen).for_many() for i, attention in attentions.items()}
         normed = _cast(F.layer_norm(image_features, norm.normalized_shape, eps=norm.eps))
-        return {i: attention.project_normed(normed, norm) for i, attention in attentions.items()}
+        return {i: attention.project_normed(normed, norm).for_many() for i, attention in attentions.items()}
 
     def forward(
         self,

@@ -125,8 +125,8 @@ def pass_bytes(
     embedded = one.tokens * h * (FLOAT32 + _dropout_mask(config))
     attended = crossings * image_tokens * 2 * h * arithmetic.attention if one.queries else 0
     copied, image = 0.0, attended
-    if arithmetic.attends_again(config):  # once an image, not once a row; in float32 they are the other pass's own
-        copied, image = (0.0 if one.shares_images and not arithmetic.casts else attended), 0.0
+    if arithmetic.attends_again(config):  # once an image, not once a row
+        copied, image = 0.0 if one.shares_images else attended, 0.0
     full = layers - 1 if one.ends_early else layers
     inside = full * (_attention_bytes(one, config, arithmetic) + _feed_forward_bytes(one.tokens, config, arithmetic))
     inside += crossings * _cross_attention_bytes(one, config, image_tokens, arithmetic)
