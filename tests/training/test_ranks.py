@@ -257,11 +257,12 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     assert f"process {children[-1]})" in said
 
 
-def test_chances_of_a_pair_do_not_depend_on_its_rank(parts, tmp_path):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_samples_and_chances_of_a_pair_do_not_depend_on_its_rank(parts, tmp_path, ranks):
     root, _ = parts
     recipe = recipe_of(root, "stage1")
     whole = [build_in(root, recipe, tmp_path).batches(number) for number in range(3)]
-    dealt = on_ranks(2, batches_of, root, tmp_path, 3)
+    dealt = on_ranks(ranks, batches_of, root, tmp_path, 3)
     for number, batch in enumerate(whole):
         for field in ("image_features", "groups", "chance"):
             assert torch.equal(getattr(batch, field), torch.cat([rank[number][field] for rank in dealt])), field
