@@ -153,6 +153,18 @@ def test_the_operations_of_stage_2_are_those_that_torch_counts(tmp_path, stage, 
     assert plan.flops_per_sample * rows == pytest.approx(found, rel=1e-3 if decoder_only else 0.02)
 
 
+def test_adapters_of_the_llm_are_counted(tmp_path):
+    pytest.importorskip("peft")
+    make_parts(tmp_path)
+    recipe = apply_overrides(tiny_recipe(tmp_path, "stage2"), ["model.lora_rank=2"])
+    plan = make_plan(recipe, Options(text_tokens=TEXT))
+    module = build_in(tmp_path, recipe, tmp_path / "run").module
+    adapters = sum(weight.numel() for name, weight in module.named_parameters() if ".lora_" in name)
+    assert adapters > 0 and counted(plan)["language model"][1] == adapters
+    plain = make_plan(tiny_recipe(tmp_path, "stage2"), Options(text_tokens=TEXT))
+    assert plan.memory_bytes > plain.memory_bytes and plan.flops_per_sample > plain.flops_per_sample
+
+
 def test_recomputing_layers_costs_another_forward_pass_of_them():
     recipe = recipe_of("stage2", language="facebook/opt-2.7b")
     plain = {part.name: part for part in make_plan(recipe, Options()).work}

@@ -312,8 +312,6 @@ class _Planner:
             f"Texts are taken to be {self.length.text} tokens long, the limit; --text-tokens says how long a batch's "
             "longest is"
         )
-        if recipe.model.lora_rank:
-            yield "LoRA's adapters (model.lora_rank) are not counted"
         if self.settings.compiles:
             yield "training.compile keeps less than is counted here"
         if self.precision == "bfloat16" and self.accelerator.bfloat16_flops is None:

@@ -18,6 +18,7 @@ from blip2.model.stage2 import Blip2Stage2
 from blip2.model.vision import HuggingFaceVision, ImageEncoder
 from blip2.training import shapes
 from blip2.training.frozen_cost import ImageFeatures, PartCost, encoder_cost, image_features, language_cost
+from blip2.training.lora import add_adapters
 from blip2.training.qformer_cost import (
     BACKWARD,
     FLOAT32,
@@ -188,6 +189,8 @@ def step_parts(recipe: Recipe, settings: StepSettings, precision: str) -> StepPa
     assert section.language is not None
     language = shapes.language_model(section.language, dtype)
     with torch.device("meta"):
+        if section.lora_rank:
+            add_adapters(language.model, section.lora_rank)
         second = Blip2Stage2(None, config, language, instruction_aware=section.instruction_aware)
     if section.instruction_aware and section.freeze_word_embeddings:
         second.embeddings.word_embeddings.requires_grad_(False)
