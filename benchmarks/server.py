@@ -3,7 +3,8 @@
     python benchmarks/server.py --work build/server
 
 `blip2 serve` runs as a process of its own beside the clients, on the same cores. What it answers is compared, text for
-text, with what the engine gives without any server; the engine's own rate is measured in the same run, before.
+text, with what the engine gives without any server; the engine's own rate is measured in the same run, before. What
+tests hold is run and counted after that (server_proofs.py).
 """
 
 import argparse
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
+from server_proofs import note_proofs
 
 import blip2
 from blip2.evaluation.speed import machine, picture
@@ -99,6 +101,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--disconnects", type=int, default=1000)
     parser.add_argument("--soak-minutes", type=float, default=30)
+    parser.add_argument("--no-proofs", action="store_true", help="leave out what tests hold (server_proofs.py)")
     args = parser.parse_args()
     images = [picture(i).resize((256, 256)) for i in range(NUM_PICTURES)]
     pictures = [_data_uri(image) for image in images]
@@ -113,6 +116,8 @@ def main() -> None:
     with Server(args.model, "--max-admitted", str(args.clients)) as server:
         asyncio.run(_measure(server, pictures, wanted, expected, offline, args, note))
         _stop_with_eight_in_flight(server, pictures, note)
+    if not args.no_proofs:
+        note_proofs(note)
     heading = ("", "what", "target", "measured")
     table = [heading, ("---",) * 4, *rows]
     text = "\n".join("| " + " | ".join(row) + " |" for row in table)
