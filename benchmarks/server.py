@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import base64
 import io
+import itertools
 import json
 import os
 import re
@@ -221,7 +222,8 @@ async def _overload(
     client: Any, pictures: list[str], wanted: list[Asked], peak: float, num_clients: int, note: Any
 ) -> None:
     refused, accepted, hints = [], [], []
-    todo = iter(wanted[: len(wanted) // 4])
+    # more at once than the server takes, however few were asked for
+    todo = itertools.islice(itertools.cycle(wanted), max(len(wanted) // 4, 2 * num_clients))
 
     async def work(number: int) -> None:
         await asyncio.sleep(number * 0.02)  # one process plays all clients: it must not be what is waited for

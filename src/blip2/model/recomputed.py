@@ -177,7 +177,7 @@ def _rows(tensor: Tensor, rows: Rows) -> Tensor:
 
 def _added(gradients: list[Tensor], read: list[Rows], tensor: Tensor) -> Tensor:
     """The gradient of `tensor` from those of its rows that were read."""
-    if read == [WHOLE]:
+    if read[0] is WHOLE:
         return gradients[0]
     total = torch.zeros_like(tensor)
     for rows, gradient in zip(read, gradients, strict=True):
