@@ -131,19 +131,20 @@ def parts(recipe: Any) -> tuple[Any, Any]:
     from blip2.model.stage1 import Blip2Stage1, Text, load_text_weights
     from blip2.model.stage2 import Blip2Stage2
     from blip2.preprocessing.text import QFormerTokenizer
-    from blip2.training import build, step_cost
+    from blip2.training import step_cost
     from blip2.training.instruct import AnswerBatch, InstructBatch, InstructStep
+    from blip2.training.parts import frozen_dtype, load_language_model, qformer_config
     from blip2.training.stage1 import Sentences, Stage1Step
     from blip2.training.stage2 import Stage2Batch, Stage2Step
 
     training, section = recipe.training, recipe.model
-    dtype = build.frozen_dtype(recipe)
+    dtype = frozen_dtype(recipe)
     told = step_cost.StepSettings.of(recipe)
     shape = step_cost.step_parts(recipe, told, "bfloat16" if dtype == torch.bfloat16 else "float32")
     length, image, rows = step_cost.lengths(recipe, told, shape.language), shape.image, training.micro_batch_size
     text_init = frozen.load_text_init(section.text_init)
     vocabulary = QFormerTokenizer(text_init.tokenizer_file).vocab_size
-    config = build.qformer_config(recipe, text_init, image.width, vocabulary)
+    config = qformer_config(recipe, text_init, image.width, vocabulary)
 
     def text(tokens: int, limit: int, count: int = rows) -> Text:
         return Text(torch.randint(5, limit, (count, tokens)), torch.ones(count, tokens, dtype=torch.long))
@@ -168,7 +169,7 @@ def parts(recipe: Any) -> tuple[Any, Any]:
         )
         return step, lambda: Stage1Batch(features(), text(length.text, vocabulary), torch.arange(rows))
 
-    language, _ = build.load_language_model(section.language, dtype)
+    language, _ = load_language_model(section.language, dtype)
     language.model.set_attn_implementation("eager")
     words = language.model.config.vocab_size
     for weight in language.model.parameters():

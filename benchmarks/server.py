@@ -117,8 +117,7 @@ def main() -> None:
     with Server(args.model, "--max-admitted", str(args.clients)) as server:
         asyncio.run(_measure(server, pictures, wanted, expected, offline, args, note))
         _stop_with_eight_in_flight(server, pictures, note)
-    if not args.no_proofs:
-        note_proofs(note)
+    holds = args.no_proofs or note_proofs(note)
     heading = ("", "what", "target", "measured")
     table = [heading, ("---",) * 4, *rows]
     text = "\n".join("| " + " | ".join(row) + " |" for row in table)
@@ -126,6 +125,7 @@ def main() -> None:
     (args.work / "server.json").write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
     (args.work / "server.md").write_text(text + "\n")
     print(text)
+    sys.exit(not holds)
 
 
 def _offline(model: str, images: list[Any], wanted: list[Asked]) -> tuple[dict[Asked, str], float]:

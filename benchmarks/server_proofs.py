@@ -90,14 +90,21 @@ PROOFS = (
 PLACES = ("tests/server", "tests/inference/test_batches.py", "tests/inference/test_engine.py")
 
 
-def note_proofs(note: Callable[[str, str, str, str], None]) -> None:
-    """Runs the tests, and notes a row for each promise."""
+def note_proofs(note: Callable[[str, str, str, str], None]) -> bool:
+    """Runs the tests, and notes a row for each promise; whether none failed.
+
+    Raises:
+        SystemExit: a promise has no test, or the tests cannot be run.
+    """
     outcomes = _outcomes()
     for proof in PROOFS:
         found = {name: outcome for name, outcome in outcomes.items() if re.search(proof.tests, name)}
+        if not found:
+            raise SystemExit(f"No test holds {proof.number} {proof.what}: {proof.tests} matches none.")
         told = [f"{list(found.values()).count('passed')} tests hold"]
         told += [f"{name} {outcome}" for name, outcome in found.items() if outcome != "passed"]
         note(proof.number, proof.what, proof.target, "; ".join(told))
+    return not {"failed", "error"} & set(outcomes.values())
 
 
 def _outcomes() -> dict[str, str]:
@@ -124,4 +131,4 @@ def _outcome(case: ElementTree.Element) -> str:
 
 
 if __name__ == "__main__":
-    note_proofs(lambda *row: print("| " + " | ".join(row) + " |"))
+    sys.exit(not note_proofs(lambda *row: print("| " + " | ".join(row) + " |")))

@@ -142,6 +142,15 @@ def test_bos_and_eos_are_added_to_prompts_only_where_the_tokenizer_does_so():
     assert tokenizer.encode_targets(["a"]).input_ids[0, 0] != tokenizer.bos_id
 
 
+def test_a_text_after_an_empty_prompt_begins_without_the_parting_space():
+    tokenizer = LanguageTokenizer(byte_level())
+    alone = tokenizer.tokenizer("cup", add_special_tokens=False).input_ids
+    after_nothing, after_words = tokenizer.encode_targets(["cup", "cup"], prompts=["", "a red"]).input_ids.tolist()
+    parted = tokenizer.encode_targets(["cup"]).input_ids[0].tolist()
+    assert after_nothing[: len(alone)] == alone and after_words[: len(parted)] == parted
+    assert alone != parted[: len(alone)]
+
+
 @pytest.mark.parametrize(
     ("make", "typed"), [(byte_level, "<|im_end|>"), (byte_level, "<|im_start|>"), (sentence_piece, "</s>")]
 )

@@ -11,6 +11,7 @@ from blip2.errors import BadRecipe, MissingFile, UnknownModel, UserError
 from blip2.training import compiled
 from blip2.training.export import export
 from blip2.training.loop import train
+from blip2.training.recipe import apply_overrides
 from blip2.training.sections import PromptsSection
 from blip2.training.starting import bridge_weights
 from blip2.training.state import MODEL, OPTIMIZER, newest_checkpoint
@@ -151,6 +152,26 @@ def test_the_recipe_s_prompts_are_what_the_llm_reads_and_what_the_exported_model
     train(build_in(root, recipe, tmp_path / "run"), recipe, tmp_path / "run")
     export(tmp_path / "model", "tiny", generation=tmp_path / "run")
     assert dataclasses.asdict(native.read_settings(tmp_path / "model").prompts) == PROMPTS
+
+
+def test_runs_with_different_prompts_are_no_average(root, tmp_path):
+    for name, prompts in (("a", PromptsSection()), ("b", PromptsSection(caption="a photo of"))):
+        recipe = dataclasses.replace(tiny_recipe(root, "stage2", steps=1), prompts=prompts)
+        train(build_in(root, recipe, tmp_path / name), recipe, tmp_path / name)
+    with pytest.raises(BadRecipe, match="other prompts"):
+        export(tmp_path / "model", "tiny", generation={tmp_path / "a": 1.0, tmp_path / "b": 1.0})
+
+
+def test_a_run_of_other_prompts_is_not_gone_on_with_and_the_way_to_do_so_is_told(root, tmp_path):
+    run_blip2(root, "stage2", tmp_path / "run", steps=1)
+    recipe = dataclasses.replace(tiny_recipe(root, "stage2", steps=1), prompts=PromptsSection(caption="a photo of"))
+    with pytest.raises(BadRecipe, match=r"--set prompts\.caption=null to go on as it began"):
+        train(build_in(root, recipe, tmp_path / "run"), recipe, tmp_path / "run")
+
+
+def test_prompts_where_nothing_reads_them_are_refused(root):
+    with pytest.raises(BadRecipe, match="stage1 has no language model"):
+        apply_overrides(tiny_recipe(root, "stage1"), ["prompts.caption=a photo of"])
 
 
 def test_captions_may_follow_the_picture_with_no_prompt_between(root, tmp_path):

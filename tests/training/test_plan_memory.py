@@ -10,7 +10,7 @@ from blip2.model.stage1 import Blip2Stage1, Text
 from blip2.training import step_cost
 from blip2.training.frozen_cost import ImageFeatures, PartCost
 from blip2.training.plan import Options, make_plan
-from blip2.training.qformer_cost import Arithmetic
+from blip2.training.qformer_cost import Arithmetic, Pass, pass_bytes
 from blip2.training.recipe import recipe_from_settings
 from blip2.training.stage1 import Stage1Step
 from blip2.training.stage2 import Stage2Batch
@@ -115,6 +115,18 @@ def test_stage_2_keeps_what_is_foretold(tmp_path, stage, decoder_only):
     assert rows * (kept.activations + kept.logits * LOG_SOFTMAX) == pytest.approx(
         real, rel=0.1 if decoder_only else 0.2
     )
+
+
+@pytest.mark.parametrize("attention_dropout", [0.0, 0.1])
+def test_rows_that_see_their_own_images_keep_as_much_each(attention_dropout):
+    """As those do whose answers are classified: two and two thirds beside each that the LLM answers."""
+    _, parts, _ = small(0.1, attention_dropout)
+    arithmetic = Arithmetic.of("float32", is_gpu=False)
+    one, more = (
+        pass_bytes(Pass("answers", rows, queries=16, text=TEXT), parts.config, IMAGE_TOKENS, arithmetic)
+        for rows in (1, 8 / 3)
+    )
+    assert more == pytest.approx(8 / 3 * one)
 
 
 def test_recomputing_layers_keeps_a_fraction():

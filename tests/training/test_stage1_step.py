@@ -9,8 +9,10 @@ import torch
 from torch.nn import functional as F
 
 from blip2.inference.stage1_losses import Stage1Batch
+from blip2.model import qformer
 from blip2.model.config import QFormerConfig
 from blip2.model.masks import apart_mask, text_after_queries_mask, together_mask
+from blip2.model.recomputed import draw_kept
 from blip2.model.stage1 import Blip2Stage1, Text
 from blip2.objectives.itc import image_text_similarity, sentence_losses
 from blip2.objectives.negatives import draw_negatives
@@ -42,6 +44,44 @@ def batch() -> Stage1Batch:
     for row, length in enumerate((7, 5, 3, 7, 4, 6)):
         ids[row, length:], mask[row, length:] = 0, 0
     return Stage1Batch(torch.randn(6, 9, 24, generator=generator), Text(ids, mask), torch.arange(6))
+
+
+def attend_plainly(query, key, value, chosen, mask, dropout):
+    """By the formula, the weights dropped that the model's own attention would draw at this moment."""
+    rows = slice(None) if chosen is None else chosen
+    scores = query @ key[rows].transpose(-2, -1) / query.shape[-1] ** 0.5
+    is_kept, scale = draw_kept(scores.shape, dropout)
+    scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(dim=-1) * is_kept * scale) @ value[rows]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.02)])
+def test_a_step_with_dropout_of_attention_has_the_gradients_of_the_plain_formulas(
+    batch, monkeypatch, precision, tolerance
+):
+    torch.manual_seed(0)
+    model = Blip2Stage1(None, dataclasses.replace(CONFIG, attention_probs_dropout_prob=0.3))
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    batch = dataclasses.replace(batch, chance=torch.rand(6, 2))
+
+    def gradients():
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = Stage1Step(model, bos_id=DEC).train()(batch)["loss"]
+        loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    ours = gradients()
+    monkeypatch.setattr(qformer, "attend_again", attend_plainly)
+    monkeypatch.setattr(qformer, "gelu_linear", lambda wide, linear: linear(F.gelu(wide)))
+    plain = gradients()
+    assert ours.keys() == plain.keys() and len(ours) > 100
+    for name, gradient in plain.items():
+        if not name.endswith("key.bias"):  # it has no gradient but rounding's
+            assert (ours[name] - gradient).norm() < tolerance * gradient.norm(), name
 
 
 def plain_pass(model: Blip2Stage1, features: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> tuple:

@@ -58,21 +58,25 @@ class Layout:
         """Positions (M, D) as rows (B, Q + T, D), zero where padding is."""
         queries, text = self.split(positions)
         if not self.num_text:
-            return queries.unflatten(0, (self.batch, -1))
+            return self.queries(queries)
         texts = self.texts(text)  # (B, T, D)
-        return torch.cat([queries.unflatten(0, (self.batch, -1)), texts], dim=1) if self.num_queries else texts
+        return torch.cat([self.queries(queries), texts], dim=1) if self.num_queries else texts
 
     def positions(self, rows: Tensor) -> Tensor:
         """Rows (B, Q + T, D) as positions (M, D)."""
         queries, text = rows[:, : self.num_queries], rows[:, self.num_queries :]
         return self.pack(queries if self.num_queries else None, text if self.num_text else None)
 
+    def queries(self, queries: Tensor) -> Tensor:
+        """The queries' positions (B * Q, D) as (B, Q, D)."""
+        return queries.unflatten(0, (self.batch, self.num_queries))
+
     def texts(self, text: Tensor) -> Tensor:
         """The texts' positions (Mt, D) as (B, T, D), zero where padding is."""
         if self.places is not None:
             whole = text.new_zeros(self.batch * self.num_text, text.shape[1])
             text = whole.index_put((self.places,), text)  # index_copy would keep the text for its backward pass
-        return text.unflatten(0, (self.batch, -1))
+        return text.unflatten(0, (self.batch, self.num_text))
 
     def _kept(self, text: Tensor) -> Tensor:
         whole = text.flatten(0, 1)

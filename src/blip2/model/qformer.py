@@ -249,8 +249,7 @@ class QFormerLayer(nn.Module):
         sides = []
         if layout.num_queries:
             if image is not None:
-                rows = queries.unflatten(0, (layout.batch, -1))  # (B, Q, D)
-                queries = self.crossattention(rows, image, None).flatten(0, 1)
+                queries = self.crossattention(layout.queries(queries), image, None).flatten(0, 1)
             sides.append(feed_forward(self.intermediate_query, self.output_query, queries))
         if layout.num_text:
             sides.append(feed_forward(self.intermediate, self.output, text))
@@ -342,7 +341,7 @@ class QFormer(nn.Module):
             own_past.append(own)
         found, told = layout.split(hidden)
         return QFormerOutput(
-            queries=None if queries is None else found.unflatten(0, (layout.batch, -1)),
+            queries=None if queries is None else layout.queries(found),
             text=layout.texts(told) if text is not None and wants_text else None,
             past=own_past,
         )

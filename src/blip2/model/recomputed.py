@@ -3,14 +3,15 @@
     widened GELU and the map after it   keep the GELU's input, not its result (four times the width of a layer)
     attention with dropout              keep queries, keys, values and a byte a weight, not the weights (3 times 4)
 
-On a CPU training is bound by memory, and what is computed again costs little beside the matrix products. A GPU's fused
-attention does the same by itself. The results are those of the plain formulas.
+What is computed again costs little beside the matrix products, and a machine without a GPU has little memory for large
+batches. A GPU's fused attention does the same by itself. The results are those of the plain formulas.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -39,7 +40,7 @@ def draw_kept(shape: torch.Size, probability: float) -> tuple[Tensor, float]:
         The mask, bool; and one over the share that is kept.
     """
     values = 2**16
-    dropped = round(probability * values)
+    dropped = min(round(probability * values), values - 1)
     count = shape.numel()
     drawn = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)  # None: to the very last one
     is_kept = drawn.view(torch.int16)[:count] >= dropped - values // 2
@@ -56,6 +57,7 @@ class _Dropout(torch.autograd.Function):
         return (hidden * is_kept).mul_(ctx.scale)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (is_kept,) = ctx.saved_tensors
         return (gradients[0] * is_kept).mul_(ctx.scale), None
@@ -102,7 +104,7 @@ def attend_again(
     Args:
         query: (B, H, S, D/H).
         key, value: (B, H, K, D/H), or (A, H, K, D/H) of which `chosen` (B,) names a row for each of the queries'.
-        mask: bool, broadcasting to (B, H, S, K), true = may attend.
+        mask: bool, broadcasting to (B, H, S, K), true = may attend; each query must see a key.
         dropout: probability.
     """
     return _Attention.apply(query, key, value, chosen, mask, dropout)
@@ -127,6 +129,7 @@ class _Attention(torch.autograd.Function):
         return context[0] if len(context) == 1 else torch.cat(context)
 
     @staticmethod
+    @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, mask, is_kept = ctx.saved_tensors

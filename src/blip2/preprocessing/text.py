@@ -165,18 +165,26 @@ class LanguageTokenizer:
         return pad(rows, self.pad_id, side=self.prompt_padding)
 
     def encode_targets(
-        self, targets: Sequence[str], *, max_length: int | Sequence[int] | None = None, append_eos: bool = True
+        self,
+        targets: Sequence[str],
+        *,
+        prompts: Sequence[str] | None = None,
+        max_length: int | Sequence[int] | None = None,
+        append_eos: bool = True,
     ) -> TextBatch:
         """Texts that continue a prompt, padded right, each with eos at its end.
 
         Args:
             targets: captions or answers, without a leading space.
+            prompts: what each continues; a text after an empty one begins without the space that parts. None: none is
+                empty.
             max_length: longest row in tokens, eos included, for all rows or for each; a text that is cut ends without
                 eos, for it goes on.
             append_eos: off for a beginning that the model is to continue.
         """
         end = [self.eos_id] if append_eos else []
-        rows = [self._plain_ids(self._parting_space + target.strip()) + end for target in targets]
+        spaces = [self._parting_space if prompt else "" for prompt in prompts or ["a prompt"] * len(targets)]
+        rows = [self._plain_ids(space + target.strip()) + end for space, target in zip(spaces, targets, strict=True)]
         limits = max_length if isinstance(max_length, Sequence) else [max_length] * len(rows)
         return pad([row[:limit] for row, limit in zip(rows, limits, strict=True)], self.pad_id)
 

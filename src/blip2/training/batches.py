@@ -201,7 +201,8 @@ class Stage2Batches:
         limits: Sequence[int] | None = None,
     ) -> Stage2Batch:
         """Tokenised texts beside ready features (B, N, Dv); `limits` are the targets' longest lengths in tokens."""
-        target = self.language_tokenizer.encode_targets(list(targets), max_length=limits or self.data.max_text_length)
+        limit = limits or self.data.max_text_length
+        target = self.language_tokenizer.encode_targets(list(targets), prompts=list(prompts), max_length=limit)
         prompt = self.language_tokenizer.encode_prompts(list(prompts))
         return Stage2Batch(features, as_text(prompt), as_text(target), self.instruction(instructions))
 

@@ -24,7 +24,7 @@ from blip2.training.sharding import compute_activations_again, shard_frozen_part
 from blip2.training.sources import count_texts, held_out, make_source
 from blip2.training.stage1 import Sentences, Stage1Step
 from blip2.training.stage2 import Stage2Step
-from blip2.training.starting import start_from
+from blip2.training.starting import found_start, start_from
 from blip2.training.validation import Answers, Retrieval
 
 VALIDATION_QUESTIONS = 256
@@ -47,6 +47,8 @@ def build(recipe: Recipe, run_dir: Path) -> Job:
     _check_ranks(recipe)
     with first_goes_first():  # it fetches what is not there yet
         parts = load_parts(recipe)
+        if recipe.model.init_from is not None:
+            found_start(recipe.model.init_from)
     faults = FaultLog(
         run_dir / (f"faults-{rank()}.jsonl" if rank() else "faults.jsonl"), stop_share=recipe.data.stop_share
     )

@@ -98,6 +98,8 @@ class _Part:
             recipe, weights = _read(path, part)
             if self.recipes:
                 _check_alike([self.recipes[0], recipe])
+                if recipe.prompts != self.recipes[0].prompts:
+                    raise BadRecipe(f"{path} was taught with other prompts than the run before it: no average of them.")
                 if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in self.weights.items()}:
                     raise BadRecipe(f"{path} cannot be averaged with the run before it: their weights differ in shape.")
             self.recipes.append(recipe)
@@ -112,8 +114,9 @@ class _Part:
 def _told(recipe: Recipe) -> dict[str, Any]:
     """A recipe's settings; a start is named without the folders of the machine it lay on."""
     settings = to_settings(recipe)
-    if recipe.model.init_from is not None:
-        settings["model"]["init_from"] = Path(recipe.model.init_from).name
+    start = recipe.model.init_from
+    if start is not None and (Path(start).is_absolute() or Path(start).exists()):
+        settings["model"]["init_from"] = Path(start).name
     return settings
 
 

@@ -20,7 +20,7 @@ from blip2.training.step_cost import Parameters, StepSettings, Work
 DAY_SECONDS = 86_400
 MOMENTS = 2  # AdamW keeps two numbers a trained weight
 CUDA_BYTES = 0.9 * GIB  # the context, its kernels, cuBLAS's and NCCL's room
-LOST_SHARE = {"gpu": 0.05, "cpu": 0.15}  # of what a step allocates, lost between blocks; benchmarks/plan_memory.py
+LOST_SHARE = {"gpu": 0.05, "cpu": 0.3}  # of what a step allocates, lost between blocks; benchmarks/plan_memory.py
 
 
 @dataclass(frozen=True)

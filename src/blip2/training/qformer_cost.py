@@ -124,9 +124,8 @@ def pass_bytes(
     h, layers, crossings = config.hidden_size, config.num_hidden_layers, num_cross_attentions(config)
     embedded = one.tokens * h * (FLOAT32 + _dropout_mask(config))
     attended = crossings * image_tokens * 2 * h * arithmetic.attention if one.queries else 0
-    copied, image = 0.0, attended
-    if arithmetic.attends_again(config):  # once an image, not once a row
-        copied, image = 0.0 if one.shares_images else attended, 0.0
+    copied = not (arithmetic.attends_again(config) and one.shares_images)  # else those of another pass are read
+    image = attended if copied else 0.0
     full = layers - 1 if one.ends_early else layers
     inside = full * (_attention_bytes(one, config, arithmetic) + _feed_forward_bytes(one.tokens, config, arithmetic))
     inside += crossings * _cross_attention_bytes(one, config, image_tokens, arithmetic)
@@ -135,7 +134,7 @@ def pass_bytes(
         inside += _feed_forward_bytes(one.queries, config, arithmetic)
     if checkpointed:
         inside = layers * one.tokens * h * FLOAT32 + inside / layers
-    return copied + one.rows * (embedded + image + inside)
+    return one.rows * (embedded + image + inside)
 
 
 def uncopied_weights(config: QFormerConfig, arithmetic: Arithmetic, *, has_text: bool, trains_vision: bool) -> int:

@@ -1,6 +1,10 @@
 """What a run must agree with before it goes on from a checkpoint."""
 
+import json
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from blip2.distributed import is_first
 from blip2.errors import BadRecipe
@@ -26,6 +30,12 @@ def fetched(run_dir: Path, mirror: str | None) -> list[str]:
     return [f"Fetched {fetched.name} from {mirror}"] if fetched else []
 
 
+def _as_before(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """What to add to the command for the checkpoint's own settings."""
+    pairs = (f"{path}={json.dumps(old, ensure_ascii=False)}" for path, (old, _) in changed.items())
+    return " ".join(f"--set {shlex.quote(pair)}" for pair in pairs)
+
+
 def check_same_recipe(start: Path, recipe: Recipe, run_dir: Path, resume: str | Path) -> list[str]:
     """What to say about settings that changed since the checkpoint.
 
@@ -43,6 +53,6 @@ def check_same_recipe(start: Path, recipe: Recipe, run_dir: Path, resume: str | 
     if resume == "auto" and set(changed) - {"training.steps", "training.threads"}:
         raise BadRecipe(
             f"{run_dir} holds a run of another recipe: {'; '.join(told)}. Choose another --out, or say "
-            f"--resume {start} to go on from it with the new settings."
+            f"--resume {start} to go on from it with the new settings, or {_as_before(changed)} to go on as it began."
         )
     return [f"Changed since the checkpoint: {line}" for line in told]

@@ -328,6 +328,8 @@ class Recipe:
             )
         if self.training.early_stop and not self.training.best_metric:
             raise ValueError("training.early_stop needs training.best_metric: what shall get no better?")
+        if self.stage == "stage1" and self.prompts != PromptsSection():
+            raise ValueError("prompts are for stage2 and instruct: stage1 has no language model")
         if self.training.answer_samples and not (self.stage == "instruct" and self.model.instruction_aware):
             raise ValueError("training.answer_samples needs stage: instruct and model.instruction_aware: true")
         return self

@@ -48,12 +48,10 @@ def bridge_weights(source: str, part: str = "stage1") -> dict[str, Tensor]:
 
     Raises:
         MissingFile: nothing is there.
-        UnknownModel: it might be a name of the hub, which has no such model or was not to be reached.
+        UnknownModel: see `found_start`.
         BadData, Untrusted: what is there cannot be read, or not safely.
     """
-    path = run_folder(source)
-    if not path.exists() and HUB_NAME.fullmatch(source):
-        path = frozen.hub_folder(source, f"model.init_from: {source!r} is no run, folder or file here")
+    path = found_start(source)
     if path.suffix == ".pth":
         return lavis.read(path).weights
     if huggingface.is_checkpoint(path):
@@ -66,6 +64,21 @@ def bridge_weights(source: str, part: str = "stage1") -> dict[str, Tensor]:
     if not path.is_file():
         raise MissingFile(f"model.init_from: there is no run, checkpoint or weights file {source}.")
     return {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
+
+
+def found_start(source: str) -> Path:
+    """Where a start lies: here or, if it may be a name of the hub, in its cache, fetched if it is not there.
+
+    Raises:
+        UnknownModel: nothing of that name is here, and the hub has no such model or was not to be reached.
+    """
+    path = run_folder(source)
+    is_hub_name = (
+        HUB_NAME.fullmatch(source) and path.suffix not in (".pth", ".safetensors") and not path.parent.exists()
+    )
+    if path.exists() or not is_hub_name:
+        return path
+    return frozen.hub_folder(source, f"model.init_from: {source!r} is no run, folder or file here")
 
 
 def run_folder(source: str) -> Path:
