@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
@@ -57,7 +56,6 @@ class _Dropout(torch.autograd.Function):
         return (hidden * is_kept).mul_(ctx.scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (is_kept,) = ctx.saved_tensors
         return (gradients[0] * is_kept).mul_(ctx.scale), None
@@ -129,7 +127,6 @@ class _Attention(torch.autograd.Function):
         return context[0] if len(context) == 1 else torch.cat(context)
 
     @staticmethod
-    @once_differentiable
     @torch.amp.custom_bwd(device_type="cpu")
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, mask, is_kept = ctx.saved_tensors
