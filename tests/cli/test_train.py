@@ -42,6 +42,14 @@ def test_show_prints_the_resolved_recipe_with_flags_before_settings(monkeypatch,
     assert "# Optimiser steps of the whole run.\n" in shown
 
 
+def test_data_is_a_folder_where_there_is_one_and_else_a_name(monkeypatch, capsys, tmp_path, recipe_file):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given, folder in (("here", str(tmp_path / "here")), ("open-pairs-zh", "open-pairs-zh")):
+        assert blip2(monkeypatch, "train", recipe_file, "--show", "--data", given) == 0
+        assert f"  folder: {folder}\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

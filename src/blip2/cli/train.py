@@ -15,7 +15,7 @@ def train(
             "--set", metavar="NAME=VALUE", help="Change a setting, e.g. optimizer.weight_decay=0.1. Repeatable."
         ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Data set: a folder, or a name such as open-pairs-zh.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; by default one of the recipe's name.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps of the whole run.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a step.")] = None,
@@ -39,7 +39,7 @@ def train(
     from blip2.training.recipe import apply_overrides, read_recipe, to_yaml
 
     flags = {
-        "data.folder": str(data.resolve()) if data else None,
+        "data.folder": None if data is None else str(data.resolve() if data.exists() else data),
         "training.steps": steps,
         "training.batch_size": batch_size,
         "optimizer.learning_rate": learning_rate,
