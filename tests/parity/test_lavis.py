@@ -61,5 +61,5 @@ def test_the_loss_through_the_language_model_is_lavis_and_so_are_its_gradients(n
     (projection,) = [k for k in golden if k.startswith("gradient.") and k != "gradient.query_tokens"]
     for ours, theirs in (("query_tokens", "gradient.query_tokens"), ("language_projection.weight", projection)):
         gradient = model.get_parameter(ours).grad
-        torch.testing.assert_close(gradient, golden[theirs], atol=1e-5, rtol=1e-4)  # the largest is 0.6
+        torch.testing.assert_close(gradient, golden[theirs], atol=2e-6, rtol=1e-4)  # T5's are up to 0.6
         assert gradient.abs().max() > 1e-4

@@ -183,7 +183,9 @@ class LanguageTokenizer:
             append_eos: off for a beginning that the model is to continue.
         """
         end = [self.eos_id] if append_eos else []
-        spaces = [self._parting_space if prompt else "" for prompt in prompts or ["a prompt"] * len(targets)]
+        spaces = [self._parting_space] * len(targets)
+        if prompts is not None:
+            spaces = [self._parting_space if prompt else "" for prompt in prompts]
         rows = [self._plain_ids(space + target.strip()) + end for space, target in zip(spaces, targets, strict=True)]
         limits = max_length if isinstance(max_length, Sequence) else [max_length] * len(rows)
         return pad([row[:limit] for row, limit in zip(rows, limits, strict=True)], self.pad_id)
