@@ -14,6 +14,7 @@ from blip2.training.loop import train
 from blip2.training.optimizer import encoder_depths, parameter_groups
 from blip2.training.progress import TIMING, read_metrics
 from blip2.training.recipe import apply_overrides
+from blip2.training.state import MODEL, newest_checkpoint
 
 from .tiny_blip2 import build_in, make_parts, picture, tiny_recipe
 
@@ -47,6 +48,16 @@ def test_plain_pictures_read_in_every_step_give_the_run_of_cached_features(root,
     online = recipe_of(root, stage, "data.cache_features=false", "data.augment=false")
     for one, other in zip(cached, lines(root, online, tmp_path / "online"), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=5e-3)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", ["stage1", "stage2", "instruct"])
+def test_exact_features_give_the_same_bits_cached_and_read_in_every_step(root, tmp_path, stage, precision):
+    exact = ("data.exact_features=true", "data.augment=false", f"training.precision={precision}")
+    cached = lines(root, recipe_of(root, stage, *exact), tmp_path / "cached")
+    assert lines(root, recipe_of(root, stage, *exact, "data.cache_features=false"), tmp_path / "online") == cached
+    trained = [(newest_checkpoint(tmp_path / run) / MODEL).read_bytes() for run in ("cached", "online")]
+    assert trained[0] == trained[1]
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])

@@ -1,6 +1,7 @@
 """Image features kept on disk, so that a frozen encoder sees each picture once and not once an epoch.
 
-One folder a cache: `features.f16` (rows, N, C) and `cache.json`, which names what the rows were made from. A cache made
+One folder a cache: `features.f16` or `features.f32` (rows, N, C) and `cache.json`, which names what the rows were made
+from. A cache made
 from other weights, pictures or views is another key and is never read by mistake. Building can be stopped at any time
 and goes on where it was.
 """
@@ -11,6 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -27,6 +29,7 @@ class CacheKey:
         views: how views of a picture are made, in words; changes when the code of the views changes.
         num_rows: pictures times views.
         shape: (N, C) of one row.
+        dtype: of the numbers.
     """
 
     encoder: str
@@ -34,11 +37,12 @@ class CacheKey:
     views: str
     num_rows: int
     shape: tuple[int, int]
+    dtype: Literal["float16", "float32"] = "float16"
 
     @property
     def name(self) -> str:
         """Short and unique: the folder's name."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(_plain(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 class FeatureCache:
@@ -57,13 +61,13 @@ class FeatureCache:
             )
         if described["rows_done"] != key.num_rows:
             raise BadData(f"{folder} is not complete: {described['rows_done']} of {key.num_rows} rows.")
-        self._rows = np.memmap(folder / "features.f16", np.float16, "r", shape=(key.num_rows, *key.shape))
+        self._rows = _open_rows(folder, key, "r")
 
     def __len__(self) -> int:
         return self._rows.shape[0]
 
     def read(self, rows: np.ndarray | int) -> np.ndarray:
-        """Features (len(rows), N, C) float16 of the numbered rows; (N, C) of one."""
+        """Features (len(rows), N, C) of the numbered rows; (N, C) of one."""
         return self._rows[rows]
 
 
@@ -88,10 +92,8 @@ def open_or_build(
     if described.get("key") not in (None, _plain(key)):
         raise BadData(f"{folder} holds features of something else. Delete it; it will be rebuilt.")
     done = described.get("rows_done", 0)
-    path = folder / "features.f16"
     if done < key.num_rows:
-        mode = "r+" if path.exists() else "w+"
-        rows = np.memmap(path, np.float16, mode, shape=(key.num_rows, *key.shape))
+        rows = _open_rows(folder, key, "r+" if _rows_file(folder, key).exists() else "w+")
         while done < key.num_rows:
             until = min(done + chunk, key.num_rows)
             rows[done:until] = encode(range(done, until))
@@ -105,8 +107,19 @@ def open_or_build(
     return FeatureCache(folder, key)
 
 
+def _rows_file(folder: Path, key: CacheKey) -> Path:
+    return folder / ("features.f16" if key.dtype == "float16" else "features.f32")
+
+
+def _open_rows(folder: Path, key: CacheKey, mode: Literal["r", "r+", "w+"]) -> np.memmap:
+    return np.memmap(_rows_file(folder, key), key.dtype, mode, shape=(key.num_rows, *key.shape))
+
+
 def _plain(key: CacheKey) -> dict:
-    return json.loads(json.dumps(asdict(key)))
+    plain = json.loads(json.dumps(asdict(key)))
+    if key.dtype == "float16":
+        del plain["dtype"]  # so that caches made before there was another one keep their names
+    return plain
 
 
 def _read_description(folder: Path) -> dict:

@@ -39,6 +39,7 @@ def load_parts(recipe: Recipe) -> FrozenParts:
     text_init = frozen.load_text_init(section.text_init)
     tokenizer = QFormerTokenizer(text_init.tokenizer_file)
     sha256 = frozen.fingerprint(vision)
+    vision.is_exact = recipe.data.exact_features
     if section.train_vision:
         if not isinstance(vision, HuggingFaceVision | HuggingFaceConvNext):
             raise BadRecipe(f"model.train_vision: {section.vision} cannot be trained; Hugging Face's towers can.")

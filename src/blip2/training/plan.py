@@ -303,7 +303,8 @@ class _Planner:
         if self.settings.cache_features:
             image = parts.image
             views = max(item.num_views for item in recipe.data.mixture)
-            kept = round(image.num_tokens / recipe.data.image_token_share) * image.width * 2
+            bytes_each = 4 if recipe.data.exact_features else 2
+            kept = round(image.num_tokens / recipe.data.image_token_share) * image.width * bytes_each
             yield (
                 f"Image features are cached: {kept / 1000:,.0f} kB and {encoder.forward_flops / 1e9:,.1f} GFLOP a view "
                 f"of a picture, up to {views} {'views' if views > 1 else 'view'} each, once before the first step"

@@ -116,6 +116,9 @@ class DataSection:
     cache_features: bool = True
     """Keep the image features of all views on disk, and read pictures only once; false: read, vary and encode pictures
     in every step, as the paper does. The cache takes 724 kB a view with ViT-g."""
+    exact_features: bool = False
+    """Encode every picture by itself and keep float32, so that a run with cached features equals one without, bit for
+    bit, where both see the same views; false: in batches, kept as float16, in half the space."""
     augment: bool = True
     """Vary pictures that are read in every step by random resized crops (mirrored where the mixture says flip)."""
     num_workers: Count = 2

@@ -249,6 +249,7 @@ def image_features(
         views=f"{num_views} views, flip {flip}, {VIEWS}" if num_views > 1 else f"plain, {size} px",
         num_rows=len(opened.samples) * num_views,
         shape=_feature_shape(parts),
+        dtype="float32" if vision.is_exact else "float16",
     )
     chunk = max(64, at_once)
     with first_goes_first():
@@ -257,11 +258,12 @@ def image_features(
 
 
 def _encoded(vision: nn.Module, views: Sequence[Tensor | None], parts: FrozenParts) -> Tensor:
-    """Features (B, N, Dv) float16 on the CPU; NaN where there is no view."""
+    """Features (B, N, Dv) on the CPU, float16 or what is exact; NaN where there is no view."""
     whole = [view for view in views if view is not None]
-    features = torch.full((len(views), *_feature_shape(parts)), float("nan"), dtype=torch.float16)
+    dtype = torch.float32 if parts.vision.is_exact else torch.float16
+    features = torch.full((len(views), *_feature_shape(parts)), float("nan"), dtype=dtype)
     if whole:
-        made = vision(torch.stack(whole).to(parts.device)).to(torch.float16).cpu()
+        made = vision(torch.stack(whole).to(parts.device)).to(dtype).cpu()
         features[[place for place, view in enumerate(views) if view is not None]] = made
     return features
 
