@@ -34,6 +34,8 @@ FLAN_T5 = {
     "eos_token_id": 1,
     "decoder_start_token_id": 0,
 }
+# one piece each, as in the published vocabularies, so that the prompts of `blip2 bench` are as long as they are there
+PIECES = ("question", "answer", *(f" {word}" for word in "photo of question how many cups are there answer".split()))
 SIZES = {"opt-2.7b": ("blip2-opt", OPT), "flan-t5-xl": ("blip2-t5", FLAN_T5)}
 
 
@@ -51,6 +53,7 @@ def make(folder: Path, size: str, layers: float = 1.0) -> Blip2Processor:
         for key, value in language.items()
     }
     tokenizer = language_tokenizer(kind)
+    tokenizer.add_tokens(list(PIECES))
     tokenizer.add_tokens([f" w{i}" for i in range(len(tokenizer), language["vocab_size"] - 1)])  # each id is a text
     processor = Blip2Processor(
         BlipImageProcessorPil(size={"height": 224, "width": 224}), tokenizer, num_query_tokens=32
