@@ -52,6 +52,20 @@ def test_more_pairs_than_go_in_one_pass_give_the_same_scores(model, images, monk
     assert at_once.shape == (5, 4)
 
 
+def test_an_answer_after_nothing_begins_without_the_space_that_parts(model, images):
+    generator = model.generator
+    tokenizer, language_model = generator.tokenizer, generator.language_model
+    visual_prompt = generator.visual_prompt(model.image_features(images[:2]), [""] * 2)
+    scores = score_answers(language_model, tokenizer, visual_prompt, ["", "what ?"], ANSWERS)
+    prompt = tokenizer.encode_prompts([""])
+    for answer, score in zip(ANSWERS, scores[0], strict=True):
+        target = tokenizer.encode_targets([answer], prompts=[""])
+        assert not torch.equal(target.input_ids, tokenizer.encode_targets([answer]).input_ids)
+        texts = (prompt.input_ids, prompt.attention_mask, target.input_ids, target.attention_mask)
+        expected = -language_model.token_losses(visual_prompt[:1], *texts).sum()
+        assert float(score) == pytest.approx(float(expected), abs=2e-4)
+
+
 def test_of_equal_scores_the_earlier_answer_wins():
     ranking = rank(torch.tensor([-2.0, -1.0, -1.0]), ["a", "b", "c"])
     assert [row.text for row in ranking] == ["b", "c", "a"]

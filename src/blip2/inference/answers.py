@@ -53,11 +53,14 @@ def score_answers(
     """
     device = visual_prompt.device
     prompt = tokenizer.encode_prompts(prompts).to(device)
-    target = tokenizer.encode_targets(answers).to(device)
+    spaces = ["after words"] * len(answers) + [""] * len(answers)  # an answer's first token depends on it
+    target = tokenizer.encode_targets([*answers, *answers], prompts=spaces).to(device)
+    begins = torch.tensor([0 if text else len(answers) for text in prompts], device=device)  # (B,)
     pairs = torch.cartesian_prod(torch.arange(len(prompts)), torch.arange(len(answers))).to(device)  # (B * A, 2)
     scores = []
     for rows in pairs.split(ROWS_AT_ONCE):
-        row, answer = rows.unbind(dim=1)
+        row = rows[:, 0]
+        answer = begins[row] + rows[:, 1]
         losses = language_model.token_losses(
             visual_prompt[row],
             prompt.input_ids[row],

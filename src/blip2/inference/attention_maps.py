@@ -125,7 +125,7 @@ def word_sources(
     each = torch.arange(num_queries, device=visual.device)
     rows[each, each] = visual.mean(dim=1)
     prompts = generator.tokenizer.encode_prompts([prompt]).to(visual.device)
-    target = generator.tokenizer.encode_targets([answer], append_eos=False).to(visual.device)
+    target = generator.tokenizer.encode_targets([answer], prompts=[prompt], append_eos=False).to(visual.device)
     losses = []
     for some in rows.split(ROWS_AT_ONCE):
         texts = (prompts.input_ids, prompts.attention_mask, target.input_ids, target.attention_mask)
