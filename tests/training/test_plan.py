@@ -303,3 +303,11 @@ def test_json_holds_what_the_page_holds(monkeypatch, capsys):
     assert sum(record["memory_bytes"].values()) == pytest.approx(record["memory_bytes_in_all"], abs=10)
     assert record["samples_per_second"] == plan.samples_per_second
     assert f"{plan.memory_bytes / 2**30:.2f}" in as_text(plan)
+
+
+def test_processors_that_fetch_each_others_images_project_them_too():
+    def projected(gpus):
+        plan = make_plan(recipe_of(), Options(gpu="h200", gpus=gpus))
+        return next(part.forward for part in plan.work if part.name == "keys and values of images")
+
+    assert projected(2) == 2 * projected(1)

@@ -147,7 +147,7 @@ class _Planner:
     def plan(self) -> Plan:
         recipe, options, training = self.recipe, self.options, self.recipe.training
         world = training.batch_size // training.accumulation
-        work = step_cost.work(recipe, self.parts, self.length, self.settings, self.found, world)
+        work = step_cost.work(recipe, self.parts, self.length, self.settings, self.found, world // options.gpus, world)
         peak = self.accelerator.flops(self.precision) * options.gpus * options.utilisation
         rate = peak / sum(part.total for part in work)
         days = training.steps * training.batch_size / rate / DAY_SECONDS
@@ -181,16 +181,17 @@ class _Planner:
         """By what it is for, with other settings than the recipe's perhaps."""
         options, parts, arithmetic = self.options, self.parts, self.arithmetic
         own = self._micro_batch(accumulation)
+        world = own * options.gpus
         shards = options.gpus if settings.strategy == "fsdp" else 1
         trained = sum(part.trained for part in self.parameters) * FLOAT32
         frozen = sum(
             part.frozen * (FLOAT32 if part.name in ("Q-Former", "frozen sentence encoder") else arithmetic.product)
             for part in self.parameters
         )
-        kept = step_cost.kept(self.recipe, parts, self.length, settings, self.found, arithmetic)
+        kept = step_cost.kept(self.recipe, parts, self.length, settings, self.found, arithmetic, own=own, world=world)
         itc = 0.0
         if self.recipe.stage == "stage1":
-            itc = step_cost.itc_bytes(parts.config, own, own * options.gpus, settings.itc_chunk)
+            itc = step_cost.itc_bytes(parts.config, own, world, settings.itc_chunk)
         step = own * (kept.activations + kept.logits) + kept.weight_copies / shards + itc
         encoding = 0.0 if settings.cache_features else own * self.found.encoder.working_bytes
         found = [

@@ -265,13 +265,14 @@ def passes(recipe: Recipe, parts: StepParts, length: Lengths) -> list[Pass]:
 
 
 def work(
-    recipe: Recipe, parts: StepParts, length: Lengths, settings: StepSettings, found: "PartCosts", world: int
+    recipe: Recipe, parts: StepParts, length: Lengths, settings: StepSettings, found: "PartCosts", own: int, world: int
 ) -> list[Work]:
     """Operations of one sample.
 
     Args:
         recipe, parts, length, settings: what is trained.
         found: costs of the frozen parts.
+        own: B, pairs of one processor.
         world: W, pairs that ITC compares.
     """
     config, image_tokens = parts.config, parts.image.num_tokens
@@ -280,7 +281,8 @@ def work(
     if not settings.cache_features:
         encoder = found.encoder
         told.append(Work("image encoder", encoder.forward_flops, encoder.backward_flops + again * _learns(encoder)))
-    images = 1 + recipe.training.answer_samples / recipe.training.batch_size
+    classified = recipe.training.answer_samples / recipe.training.batch_size
+    images = 1 + classified + _fetched_images(recipe, own, world)
     projected = images * image_flops(config, image_tokens)
     backward = BACKWARD * projected if settings.train_vision else projected  # a frozen encoder takes no gradient
     told.append(Work("keys and values of images", projected, backward))
@@ -294,8 +296,14 @@ def work(
             Work("language model", language.forward_flops, language.backward_flops + again * language.forward_flops)
         )
     if parts.classifier:
-        told.append(_learning("classifier of answers", 2 * parts.classifier * (images - 1)))
+        told.append(_learning("classifier of answers", 2 * parts.classifier * classified))
     return told
+
+
+def _fetched_images(recipe: Recipe, own: int, world: int) -> float:
+    """Images of ITM's negatives that a processor of several is sent and projects, for each of its samples."""
+    has_negatives = recipe.stage == "stage1" and recipe.training.itm_weight > 0 and world > own
+    return recipe.training.matched_share if has_negatives else 0.0
 
 
 def _learns(cost: PartCost) -> float:
@@ -361,12 +369,21 @@ class Kept:
 
 
 def kept(
-    recipe: Recipe, parts: StepParts, length: Lengths, settings: StepSettings, found: PartCosts, arithmetic: Arithmetic
+    recipe: Recipe,
+    parts: StepParts,
+    length: Lengths,
+    settings: StepSettings,
+    found: PartCosts,
+    arithmetic: Arithmetic,
+    *,
+    own: int,
+    world: int,
 ) -> Kept:
-    """What a step keeps of one sample; ITC's similarities, which depend on the world, are not in it."""
+    """What a step keeps of one sample, of `own` on each processor and `world` on all; `itc_bytes` is not in it."""
     config, image_tokens = parts.config, parts.image.num_tokens
     checkpointed = settings.activation_checkpointing
-    images = 1 + recipe.training.answer_samples / recipe.training.batch_size
+    classified = recipe.training.answer_samples / recipe.training.batch_size
+    images = 1 + classified + _fetched_images(recipe, own, world)
     activations = images * image_bytes(config, image_tokens, arithmetic, is_trained=settings.train_vision)
     for one in passes(recipe, parts, length):
         activations += pass_bytes(one, config, image_tokens, arithmetic, checkpointed=checkpointed)
