@@ -59,6 +59,19 @@ def test_inputs_that_stand_out_take_nothing_from_the_rest(monkeypatch, weight, p
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("length", [7, 36, 100, 130])
+@pytest.mark.parametrize("num_rows", [1, 3, MANY])
+def test_rows_of_any_length_are_multiplied(monkeypatch, processor, length, num_rows):
+    """PyTorch's int8 kernel for few rows reads past the end of rows that are no multiple of its step."""
+    a_processor(monkeypatch, **processor)
+    torch.manual_seed(0)
+    weight, scale = torch.randint(-127, 128, (40, length), dtype=torch.int8), torch.rand(40) / 100
+    rows = torch.randn(length, num_rows).t()  # nor do they lie one after the other
+    expected = rows @ (weight * scale[:, None]).t()
+    assert error_of(int8_product(rows, weight, scale, rounds_inputs=False), expected) < 0.004
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
 def test_an_inputs_rounding_does_not_depend_on_the_rows_beside_it(monkeypatch, weight, processor):
     a_processor(monkeypatch, **processor)
     rows = torch.randn(7, LENGTH) * torch.logspace(-2, 2, 7)[:, None]

@@ -122,6 +122,9 @@ def test_a_frozen_encoder_in_the_step_does_not_change(root, tmp_path):
 def test_settings_that_contradict_each_other_are_refused(root):
     with pytest.raises(BadRecipe, match="train_vision changes the image features"):
         recipe_of(root, "stage1", "model.train_vision=true")
+    with pytest.raises(BadRecipe, match="exact_features is for a frozen encoder"):
+        settings = ("data.cache_features=false", "data.exact_features=true", "model.train_vision=true")
+        recipe_of(root, "stage1", *settings)
     with pytest.raises(BadRecipe, match="image_token_share draws among cached features"):
         recipe_of(root, "stage1", "data.cache_features=false", "data.image_token_share=0.5")
 

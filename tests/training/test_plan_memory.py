@@ -83,7 +83,7 @@ def test_stage_1_keeps_what_is_foretold(precision, dropout, attention_dropout, t
     settings = step_cost.StepSettings(text_tokens=TEXT)
     found = step_cost.PartCosts(PartCost(0), None)
     arithmetic = Arithmetic.of(precision, is_gpu=False)
-    kept = step_cost.kept(recipe, parts, step_cost.Lengths(TEXT), settings, found, arithmetic)
+    kept = step_cost.kept(recipe, parts, step_cost.Lengths(TEXT), settings, found, arithmetic, own=ROWS, world=ROWS)
     weights = (recipe.training.itc_weight, recipe.training.itm_weight, recipe.training.itg_weight)
     step = Stage1Step(model, bos_id=499, weights=weights, matched_share=recipe.training.matched_share)
     batch = Stage1Batch(torch.randn(ROWS, IMAGE_TOKENS, WIDTH), texts(ROWS, TEXT), torch.arange(ROWS))
@@ -102,8 +102,8 @@ def test_stage_2_keeps_what_is_foretold(tmp_path, stage, decoder_only):
     length = step_cost.lengths(recipe, settings, parts.language)
     found = step_cost.part_costs(parts, length, settings)
     arithmetic = Arithmetic.of("float32", is_gpu=False)
-    kept = step_cost.kept(recipe, parts, length, settings, found, arithmetic)
     rows = recipe.training.batch_size
+    kept = step_cost.kept(recipe, parts, length, settings, found, arithmetic, own=rows, world=rows)
     batch = Stage2Batch(
         torch.randn(rows, parts.image.num_tokens, parts.image.width),
         texts(rows, length.prompt),

@@ -1,9 +1,8 @@
 """Image features kept on disk, so that a frozen encoder sees each picture once and not once an epoch.
 
 One folder a cache: `features.f16` or `features.f32` (rows, N, C) and `cache.json`, which names what the rows were made
-from. A cache made
-from other weights, pictures or views is another key and is never read by mistake. Building can be stopped at any time
-and goes on where it was.
+from. A cache made from other weights, pictures or views is another key and is never read by mistake. Building can be
+stopped at any time and goes on where it was.
 """
 
 import hashlib

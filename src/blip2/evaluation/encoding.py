@@ -38,7 +38,7 @@ class Progress:
 
 
 def encode(model: Blip2, samples: Sequence[Sample], what: str, say: Say) -> Tensor:
-    """Image features (P, N, Dv) of the samples' pictures, in memory as float16, as training's caches are."""
+    """Image features (P, N, Dv) of the samples' pictures, in memory as float16, as most caches of training are."""
     features = torch.empty(0, dtype=torch.float16)
     for rows, encoded in _encoded(model, samples, what, say):
         if not len(features):

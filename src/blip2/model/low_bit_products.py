@@ -6,8 +6,8 @@
     int4, inputs kept      _weight_int4pack_mm; with AVX2 and many rows float32 over some of the weight at a time
 
 Why so: on a processor without VNNI `_int_mm` runs at 4 billion operations a second (float32: 100 and more), and the
-int4 kernel, for many rows, at half of float32's rate. Inputs are rounded row by row, so a row's result does not depend
-on its neighbours.
+int4 kernel, for many rows, at half of float32's rate. Inputs are rounded row by row, so what is beside a row does not
+touch its result; how many rows there are may, for they choose the kernel.
 """
 
 from functools import cache
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 FEW_ROWS = 16  # up to which the kernel that reads int8 weights as they are is faster than float32
-FEW_ROWS_VNNI = 4  # and faster than `_split`: 1.3 ms against 1.6 for one row of 2,560 and 10,240 columns
 FEW_ROWS_INT4 = 96  # and the one that reads int4
+FEW_ROWS_VNNI = 4  # up to which the first of them is faster than `_split`, see docs/decisions.md
+STEP = 16  # numbers of a row that it reads at once, and past the end of any other length
 ROWS_AT_ONCE = 512  # of a weight made float32: stays in the processor's cache
 WEIGHTS_AT_ONCE = 1 << 20  # likewise, of a four-bit weight in blocks of 32 rows
 INT8_RANGE = 127
@@ -61,8 +62,9 @@ def int8_product(rows: Tensor, weight: Tensor, scale: Tensor, *, rounds_inputs: 
         return _rounded(rows, weight).mul_(scale)
     if rounds_inputs and has_onednn():
         return _onednn(rows, weight, scale)
-    if not rows.is_cuda and len(rows) <= (FEW_ROWS_VNNI if has_int8 else FEW_ROWS):
-        return torch.ops.aten._weight_int8pack_mm(rows.bfloat16(), weight, scale.bfloat16()).float()
+    few = not rows.is_cuda and len(rows) <= (FEW_ROWS_VNNI if has_int8 else FEW_ROWS)
+    if few and rows.shape[1] % STEP == 0:
+        return torch.ops.aten._weight_int8pack_mm(rows.bfloat16().contiguous(), weight, scale.bfloat16()).float()
     if has_int8:
         return _split(rows, weight).mul_(scale)
     return _int8_as_float(rows, weight).mul_(scale)

@@ -29,8 +29,8 @@ class ImageEncoder(nn.Module):
     its dropout and batch-norm statistics when the module around it is trained.
 
     Attributes:
-        is_exact: whether each picture is encoded by itself and without autocast, and its features are float32: the bits
-            then do not depend on the pictures beside it, nor on who asks. Slower where a batch pays, as on a GPU.
+        is_exact: whether each picture is encoded by itself and without autocast, and its features are float32: on one
+            device with as many threads the bits are then always the same. Slower where a batch pays, as on a GPU.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class ImageEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, and so of the features."""
+        """Of the weights, and so of the features, but for exact ones."""
         return next(self.network.parameters()).dtype
 
     def unfreeze(self) -> None:

@@ -14,6 +14,7 @@ from blip2.model.stage1 import Blip2Stage1, load_text_weights
 from blip2.model.stage2 import Blip2Stage2
 from blip2.training.batches import InstructBatches, ItemReader, Stage1Batches, Stage2Batches
 from blip2.training.compiled import compile_layers
+from blip2.training.devices import use_threads
 from blip2.training.instruct import InstructStep, list_answers
 from blip2.training.job import Job
 from blip2.training.lora import add_adapters
@@ -43,6 +44,7 @@ def build(recipe: Recipe, run_dir: Path) -> Job:
         BadData, MissingFile, UnknownModel, DownloadFailed: something named in the recipe cannot be had.
     """
     keep_freed_memory()
+    use_threads(recipe.training.threads)
     torch.manual_seed(recipe.seed)
     _check_ranks(recipe)
     with first_goes_first():  # it fetches what is not there yet

@@ -10,6 +10,19 @@ from torch import Tensor
 from blip2.errors import BadRecipe
 
 
+def use_threads(count: int | None) -> None:
+    """Computes in so many threads from now on; none given: in as many as before."""
+    if count:
+        torch.set_num_threads(count)
+
+
+def place_and_threads(device: torch.device) -> str:
+    """What can change the last bits of a float32 result besides its operands, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
 def run_device(name: str) -> torch.device:
     """The device of this rank: "auto" is its GPU where there is one, else the CPU.
 

@@ -27,7 +27,7 @@ from blip2.errors import BadRecipe, Blip2Error
 from blip2.training import state as checkpoints
 from blip2.training.averages import RunningAverage
 from blip2.training.compiled import without_compiling
-from blip2.training.devices import resolve_precision
+from blip2.training.devices import resolve_precision, use_threads
 from blip2.training.job import Job, Metrics, StepParts, Summary
 from blip2.training.keeper import Best, Keeper, better, read_best
 from blip2.training.optimizer import build_optimizer, learning_rate
@@ -77,8 +77,7 @@ def train(job: Job, recipe: Recipe, run_dir: str | Path, resume: str | Path = "a
     """
     run_dir = Path(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
-    if recipe.training.threads:
-        torch.set_num_threads(recipe.training.threads)
+    use_threads(recipe.training.threads)
     with checkpoints.only_writer(run_dir) if distributed.is_first() else nullcontext():
         try:
             with closing(Run(job, recipe, run_dir, resume)) as run:

@@ -118,7 +118,8 @@ class DataSection:
     in every step, as the paper does. The cache takes 724 kB a view with ViT-g."""
     exact_features: bool = False
     """Encode every picture by itself and keep float32, so that a run with cached features equals one without, bit for
-    bit, where both see the same views; false: in batches, kept as float16, in half the space."""
+    bit, where both see the same views on one kind of device with as many threads; false: in batches, kept as float16,
+    in half the space."""
     augment: bool = True
     """Vary pictures that are read in every step by random resized crops (mirrored where the mixture says flip)."""
     num_workers: Count = 2
@@ -323,6 +324,10 @@ class Recipe:
             raise ValueError(f"{self.stage} trains for a language model: set model.language")
         if self.model.train_vision and self.data.cache_features:
             raise ValueError("model.train_vision changes the image features: set data.cache_features: false")
+        if self.model.train_vision and self.data.exact_features:
+            raise ValueError(
+                "data.exact_features is for a frozen encoder: leave it out where model.train_vision is true"
+            )
         if self.model.lora_rank and self.stage == "stage1":
             raise ValueError("model.lora_rank is for stage2 and instruct: stage1 has no language model")
         if self.model.lora_rank and self.training.strategy == "fsdp":

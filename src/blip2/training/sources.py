@@ -28,6 +28,7 @@ from blip2.model.stage1 import Blip2Stage1, load_text_weights
 from blip2.preprocessing.images import ImageTransform, load_image
 from blip2.preprocessing.vary import VIEWS, vary
 from blip2.training.batches import Source, as_text, group_name
+from blip2.training.devices import place_and_threads
 from blip2.training.images import CachedImages, Images, OnlineImages
 from blip2.training.parts import FrozenParts
 from blip2.training.sections import MixtureItem, Recipe
@@ -243,10 +244,11 @@ def image_features(
         return torch.cat(encoded).numpy()
 
     size = vision.image_size
+    views = f"{num_views} views, flip {flip}, {VIEWS}" if num_views > 1 else f"plain, {size} px"
     key = CacheKey(
         encoder=parts.vision_sha256,
         pictures=opened.pictures,
-        views=f"{num_views} views, flip {flip}, {VIEWS}" if num_views > 1 else f"plain, {size} px",
+        views=f"{views}, {place_and_threads(parts.device)}" if vision.is_exact else views,
         num_rows=len(opened.samples) * num_views,
         shape=_feature_shape(parts),
         dtype="float32" if vision.is_exact else "float16",
