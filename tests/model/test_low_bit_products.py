@@ -72,6 +72,20 @@ def test_rows_of_any_length_are_multiplied(monkeypatch, processor, length, num_r
 
 
 @pytest.mark.parametrize("processor", PROCESSORS)
+@pytest.mark.parametrize("begin", [1, 8])
+@pytest.mark.parametrize("num_rows", [1, 4])
+def test_weights_may_lie_anywhere_in_memory(monkeypatch, processor, begin, num_rows):
+    """PyTorch's int8 kernel for few rows ends the process where weights do not lie at a multiple of its step."""
+    a_processor(monkeypatch, **processor)
+    torch.manual_seed(0)
+    numbers, scale = torch.randint(-127, 128, (290 * LENGTH + begin,), dtype=torch.int8), torch.rand(290) / 100
+    weight = numbers[begin:].view(290, LENGTH)
+    rows = torch.randn(num_rows, LENGTH)
+    expected = rows @ (weight * scale[:, None]).t()
+    assert error_of(int8_product(rows, weight, scale, rounds_inputs=False), expected) < 0.004
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
 def test_an_inputs_rounding_does_not_depend_on_the_rows_beside_it(monkeypatch, weight, processor):
     a_processor(monkeypatch, **processor)
     rows = torch.randn(7, LENGTH) * torch.logspace(-2, 2, 7)[:, None]

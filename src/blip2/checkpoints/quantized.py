@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from blip2.checkpoints.mapped import CAN_LET_GO, MappedFile
 from blip2.errors import BadData, MissingFile, Untrusted
+from blip2.model.low_bit_products import STEP
 from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear
 
 MARK = "quantization.json"
@@ -141,6 +142,11 @@ def _read_mark(folder: Path) -> dict[str, str]:
         raise BadData(f"{folder / MARK} is broken ({error!r}). {AGAIN}") from None
 
 
+def _aligned(tensor: Tensor) -> Tensor:
+    """A matrix where the kernel that reads int8 weights can: a file aligns to eight bytes alone."""
+    return tensor.clone() if tensor.dtype == torch.int8 and tensor.data_ptr() % STEP else tensor
+
+
 def _read(path: Path, *, lets_go: bool) -> tuple[MappedFile | None, dict[str, Tensor]]:
     """All weights, mapped: as one file whose parts can be let go and read again, or each with a mapping of its own, so
     that what is read once frees its memory."""
@@ -155,7 +161,7 @@ def _read(path: Path, *, lets_go: bool) -> tuple[MappedFile | None, dict[str, Te
         weights = {}
         for name in names:
             with safe_open(path, framework="pt") as file:
-                weights[name] = file.get_tensor(name)
+                weights[name] = _aligned(file.get_tensor(name))
         return None, weights
     except SafetensorError as error:
         raise Untrusted(f"{path} is no whole safetensors file ({error}). {AGAIN}") from None

@@ -18,7 +18,7 @@ from torch import Tensor
 FEW_ROWS = 16  # up to which the kernel that reads int8 weights as they are is faster than float32
 FEW_ROWS_INT4 = 96  # and the one that reads int4
 FEW_ROWS_VNNI = 4  # up to which the first of them is faster than `_split`, see docs/decisions.md
-STEP = 16  # numbers of a row that it reads at once, and past the end of any other length
+STEP = 16  # numbers of a row that it reads at once: from no address between, and past the end of any other length
 ROWS_AT_ONCE = 512  # of a weight made float32: stays in the processor's cache
 WEIGHTS_AT_ONCE = 1 << 20  # likewise, of a four-bit weight in blocks of 32 rows
 INT8_RANGE = 127
@@ -63,7 +63,7 @@ def int8_product(rows: Tensor, weight: Tensor, scale: Tensor, *, rounds_inputs: 
     if rounds_inputs and has_onednn():
         return _onednn(rows, weight, scale)
     few = not rows.is_cuda and len(rows) <= (FEW_ROWS_VNNI if has_int8 else FEW_ROWS)
-    if few and rows.shape[1] % STEP == 0:
+    if few and rows.shape[1] % STEP == 0 and weight.data_ptr() % STEP == 0:
         return torch.ops.aten._weight_int8pack_mm(rows.bfloat16().contiguous(), weight, scale.bfloat16()).float()
     if has_int8:
         return _split(rows, weight).mul_(scale)
