@@ -80,8 +80,7 @@ def load(
     """
     dtype = torch.float32 if dtype == "auto" else dtype
     shared = _read_mark(folder)
-    mapped, weights = _read(folder / WEIGHTS, lets_go=is_vision and CAN_LET_GO)
-    weights |= {name: weights[owner] for name, owner in shared.items() if owner in weights}
+    mapped, weights = _read(folder / WEIGHTS, shared, lets_go=is_vision and CAN_LET_GO)
     with init_empty_weights(include_buffers=False):
         network = make()
     quantized, misshapen = [], set()
@@ -147,21 +146,26 @@ def _aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.dtype == torch.int8 and tensor.data_ptr() % STEP else tensor
 
 
-def _read(path: Path, *, lets_go: bool) -> tuple[MappedFile | None, dict[str, Tensor]]:
+def _read(path: Path, shared: Mapping[str, str], *, lets_go: bool) -> tuple[MappedFile | None, dict[str, Tensor]]:
     """All weights, mapped: as one file whose parts can be let go and read again, or each with a mapping of its own, so
-    that what is read once frees its memory."""
+    that what is read once frees its memory. Of a matrix that is shared words are looked up, a few pages of it, while
+    the whole is laid out for the processor: so these are two mappings as well."""
     if not path.is_file():
         raise MissingFile(f"{path} is missing. {AGAIN}")
     try:
         if lets_go:
             mapped = MappedFile(path)
-            return mapped, mapped.tensors()
+            weights = mapped.tensors()
+            return mapped, weights | {name: weights[owner] for name, owner in shared.items() if owner in weights}
         with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
+            names = {name: name for name in file.keys()}  # noqa: SIM118
+        names |= {name: owner for name, owner in shared.items() if owner in names}
         weights = {}
-        for name in names:
+        for name, stored in names.items():
             with safe_open(path, framework="pt") as file:
-                weights[name] = _aligned(file.get_tensor(name))
+                weights[name] = file.get_tensor(stored)
+            if name == stored:
+                weights[name] = _aligned(weights[name])
         return None, weights
     except SafetensorError as error:
         raise Untrusted(f"{path} is no whole safetensors file ({error}). {AGAIN}") from None

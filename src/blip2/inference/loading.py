@@ -25,7 +25,7 @@ from blip2.inference.retrieval import Retriever
 from blip2.model.drafting import Drafter
 from blip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
 from blip2.model.packed import pack
-from blip2.model.quantized import Bits, arrange, quantize
+from blip2.model.quantized import Bits, arrange, has_few_bits, quantize
 from blip2.model.stage1 import Blip2Stage1, load_text_weights
 from blip2.model.stage2 import Blip2Stage2
 from blip2.model.vision import ImageEncoder
@@ -225,9 +225,11 @@ class _Loader:
         if self.device_map is None:
             self._check(part, network)
         self._lighten(network, self.quantize)
-        arrange(network, self.device)
-        if self.device.type == "cpu" and self.device_map is None:
-            pack(network)
+        on_cpu = self.device.type == "cpu" and self.device_map is None
+        if not (on_cpu and has_few_bits(network) and _take_over(network)):
+            arrange(network, self.device)
+            if on_cpu:
+                pack(network)
         padding = "right" if network.config.is_encoder_decoder else "left"
         tokenizer = LanguageTokenizer(hf_tokenizer, prompt_padding=padding)
         language_model = wrap_language_model(network, tokenizer, stop=self.settings.stop)
@@ -296,6 +298,12 @@ class _Loader:
                 f"{part.name!r} has other weights than the ones {self.settings.name!r} was trained with (its sha256 "
                 "differs), so its answers would be noise. Put the original back."
             )
+
+
+def _take_over(network: Any) -> bool:
+    from blip2.model.onnx_stack import take_over  # here, since the runtime takes a tenth of a second to import
+
+    return take_over(network)
 
 
 def wrap_language_model(network: Any, tokenizer: LanguageTokenizer, *, stop: str = "") -> LanguageModel:

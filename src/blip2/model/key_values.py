@@ -98,6 +98,7 @@ def _with_room(states: Tensor, length: int) -> Tensor:
     rows, heads, filled, width = states.shape
     buffer = states.new_empty(rows, heads, -(-length // ROOM) * ROOM, width)
     buffer[:, :, :filled] = states
+    buffer[:, :, filled:] = 0  # who reads it all gives this no weight, and no weight of nan is nan
     return buffer
 
 

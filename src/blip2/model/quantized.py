@@ -17,6 +17,7 @@ from blip2.model.low_bit_products import int4_product, int8_product
 
 Bits = Literal["int8", "int4"]
 GROUP_SIZE = 32  # weights that share a scale and a zero in Int4Linear
+MIDDLE = 8  # the four bits that stand for the zero
 CLIPS = 12  # how far each group's range is narrowed in search of the least squared error
 NARROWEST = 0.7
 ARRANGED_AT_ONCE = 256  # rows of a weight, a multiple of the four-bit kernels' blocks of 16, 32 or 64
@@ -89,7 +90,8 @@ class Int4Linear(nn.Module):
     Attributes:
         packed: (N, K / 2) uint8, two weights a byte, the one at the even place in the low half: as it is stored. The
             kernel's own arrangement, which depends on the processor, takes its place on first use.
-        scale_and_zero: (K / G, N, 2) bfloat16; (q - 8) * scale + zero is what was rounded.
+        scale_and_zero: (K / G, N, 2) bfloat16; (q - 8) * scale + zero is what was rounded. `to_int4` makes the zero a
+            whole number of steps, as other programs' kernels have it.
         bias: (N,) or None.
     """
 
@@ -177,13 +179,14 @@ def to_int4(weight: Tensor, group_size: int = GROUP_SIZE) -> tuple[Tensor, Tenso
 def _rows_to_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     groups = weight.unflatten(1, (-1, group_size))  # (N, K / G, G)
     low, high = groups.aminmax(dim=2)  # (N, K / G)
-    middle, half = (low + high) / 2, (high - low) / 2
+    low, high = low.clamp_(max=0), high.clamp_(min=0)  # 0 is one of the sixteen
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.empty_like(low), torch.empty_like(low)
     for share in torch.linspace(1, NARROWEST, CLIPS).tolist():
-        # As the kernel has them: bfloat16, and whole steps away from the zero, which stands for 8.
-        scale = (2 * half * share / 15).clamp(min=1e-10).bfloat16().float()
-        zero = (middle + scale / 2).bfloat16().float()
+        # As the kernels have them: bfloat16, and whole steps away from the zero, which stands for 8.
+        scale = ((high - low) * share / 15).clamp(min=1e-10).bfloat16().float()
+        steps = ((low + high) / 2 / scale + 0.5).round_().clamp_(MIDDLE - 15, MIDDLE)
+        zero = (steps * scale).bfloat16().float()
         error = (_fourbit(groups, scale, zero).sub_(8).mul_(scale[..., None]).add_(zero[..., None]) - groups).square_()
         error = error.sum(dim=2)
         better = error < best_error
@@ -219,7 +222,7 @@ def quantize(network: Any, bits: Bits, *, group_size: int = GROUP_SIZE, rounds_i
     Raises:
         UserError: there are quantised layers already; rounding twice loses more than once.
     """
-    if any(isinstance(layer, Int4Linear | Int8Linear) for layer in network.modules()):
+    if has_few_bits(network):
         raise UserError("This model is quantised already. Quantise the one that it was made of.")
     head = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
     words = network.get_input_embeddings() if head is not None else None
@@ -245,6 +248,11 @@ def arrange(network: nn.Module, device: torch.device) -> None:
     for layer in network.modules():
         if isinstance(layer, Int4Linear):
             layer.arrange(device)
+
+
+def has_few_bits(network: nn.Module) -> bool:
+    """Whether some of a network's layers are quantised."""
+    return any(isinstance(layer, Int4Linear | Int8Linear) for layer in network.modules())
 
 
 def _is_linear(layer: nn.Module) -> bool:

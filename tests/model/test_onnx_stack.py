@@ -1,0 +1,274 @@
+"""A quantised decoder whose layers are one graph reads and writes as the same weights do in transformers' layers."""
+
+import copy
+import shutil
+import tempfile
+import threading
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from blip2.errors import UserError
+from blip2.model import onnx_graph, onnx_stack
+from blip2.model.language import DecoderLM
+from blip2.model.onnx_graph import Graph
+from blip2.model.onnx_stack import OnnxLinear, take_over
+from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear, quantize, to_int4, to_int8
+
+VOCABULARY, WIDTH = 80, 64
+FLOAT_INPUTS = 0  # the kernel's accuracy level that rounds no inputs
+IDS = torch.tensor([[0, 0, 5, 9], [7, 3, 2, 8]])
+MASK = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+
+
+def _opt(**other):
+    shape = {"hidden_size": WIDTH, "word_embed_proj_dim": WIDTH, "ffn_dim": 96, "num_hidden_layers": 3}
+    config = {"vocab_size": VOCABULARY, "num_attention_heads": 4, "max_position_embeddings": 256}
+    return OPTForCausalLM(OPTConfig(**shape | config | other))
+
+
+def _opt_norms_last():
+    return _opt(do_layer_norm_before=False)
+
+
+def _opt_of_two_kinds_of_bits():
+    return _opt(ffn_dim=90)
+
+
+def _llama(**other):
+    shape = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **shape, num_key_value_heads=4, **other))
+
+
+def _llama_of_shared_heads():
+    shape = {"hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **shape, num_key_value_heads=2, head_dim=16))
+
+
+FAMILIES = [_opt, _opt_norms_last, _opt_of_two_kinds_of_bits, _llama, _llama_of_shared_heads]
+
+
+def quantized(make, bits="int4"):
+    torch.manual_seed(0)
+    network = make().eval().requires_grad_(False)
+    for weight in network.parameters():
+        if weight.dim() > 1:
+            weight.normal_(0, 0.2)
+    quantize(network, bits, group_size=32)
+    return network
+
+
+def whole(network):
+    """The same network with the weights that the rounded ones stand for, in float32."""
+    network = copy.deepcopy(network)
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, Int8Embedding):
+            network.set_submodule(name, nn.Embedding.from_pretrained(layer.weight * layer.scale[:, None]))
+        if not isinstance(layer, Int4Linear | Int8Linear):
+            continue
+        if isinstance(layer, Int8Linear):
+            weight = layer.weight * layer.scale[:, None]
+        else:
+            q = torch.stack([layer.packed & 15, layer.packed >> 4], dim=2).flatten(1).float()
+            scale, zero = layer.scale_and_zero.float().transpose(0, 1).unbind(dim=2)
+            groups = q.unflatten(1, (-1, layer.group_size)) - 8
+            weight = (groups * scale[..., None] + zero[..., None]).flatten(1)
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        linear.weight.data = weight
+        if layer.bias is not None:
+            linear.bias.data = layer.bias
+        network.set_submodule(name, linear)
+    return network
+
+
+def language_models(make, bits="int4"):
+    """The network with whole weights, and taken over."""
+    network = quantized(make, bits)
+    expected = DecoderLM(whole(network), stop_ids=[1], pad_id=0)
+    assert take_over(network)
+    return expected, DecoderLM(network, stop_ids=[1], pad_id=0)
+
+
+def near(y, expected, error=1e-3):
+    """Of bfloat16 a zero keeps eight bits, a whole number of steps all: so much may be between them."""
+    assert y.shape == expected.shape
+    assert float((y - expected).norm() / expected.norm()) < error
+
+
+@pytest.fixture
+def visual_prompt():
+    torch.manual_seed(1)
+    return torch.randn(2, 5, WIDTH)
+
+
+@pytest.fixture
+def float_inputs(monkeypatch):
+    monkeypatch.setattr(onnx_graph, "INT8_INPUTS", FLOAT_INPUTS)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("make", FAMILIES)
+def test_the_graph_reads_and_writes_as_the_layers_do(float_inputs, visual_prompt, make, bits):
+    """Rows of different lengths, and more words than the buffers have room for at first."""
+    logits = []
+    for language_model in language_models(make, bits):
+        reading, first = language_model.start(visual_prompt, IDS, MASK)
+        steps = [language_model.step(reading, torch.tensor([3 + i % 9, 8])) for i in range(70)]
+        losses = language_model.token_losses(visual_prompt, IDS, MASK, IDS, torch.ones_like(IDS))
+        logits.append((torch.stack([first, *steps]), losses))
+    near(logits[1][0], logits[0][0], 5e-3)
+    near(logits[1][1], logits[0][1], 5e-3)
+
+
+@pytest.mark.parametrize("make", [_opt, _llama_of_shared_heads])
+def test_inputs_of_eight_bits_stay_near(visual_prompt, make):
+    expected, language_model = (lm.start(visual_prompt, IDS, MASK)[1] for lm in language_models(make))
+    near(language_model, expected, 0.1)
+
+
+@pytest.mark.parametrize("make", [_opt, _llama_of_shared_heads])
+def test_rows_leave_join_and_are_chosen(float_inputs, visual_prompt, make):
+    logits = []
+    for language_model in language_models(make):
+        reading, _ = language_model.start(visual_prompt, IDS, MASK)
+        language_model.step(reading, torch.tensor([4, 5]))
+        reading.select(torch.tensor([1, 1, 0]))
+        other, _ = language_model.start(visual_prompt[:1], IDS[1:], MASK[1:])
+        reading.join(other)
+        steps = [language_model.step(reading, torch.tensor([2, 3, 4, 5]))]
+        reading.select(torch.tensor([3]))
+        steps.append(language_model.step_through(reading, [6, 7, 8]))
+        reading.shorten(reading.mask.shape[1] - 2)
+        steps.append(language_model.step(reading, torch.tensor([9])))
+        logits.append(torch.cat(steps))
+    near(logits[1], logits[0], 5e-3)
+
+
+def test_layers_may_be_in_several_graphs(float_inputs, monkeypatch, visual_prompt):
+    one = language_models(_opt)[1]
+    monkeypatch.setattr(onnx_stack, "AT_ONCE", 1)
+    each = language_models(_opt)[1]
+    assert len(one.model.get_decoder().layers) == 1 and len(each.model.get_decoder().layers) == 3
+    results = [language_model.start(visual_prompt, IDS, MASK)[1] for language_model in (one, each)]
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_a_row_is_read_as_if_it_were_alone(visual_prompt):
+    language_model = language_models(_llama)[1]
+    together = language_model.start(visual_prompt, IDS, MASK)[1]
+    alone = language_model.start(visual_prompt[:1], IDS[:1, 2:], MASK[:1, 2:])[1]
+    near(alone[0], together[0], 1e-5)
+
+
+def test_several_threads_of_a_program_may_read_at_once(visual_prompt):
+    language_model = language_models(_opt)[1]
+    expected = language_model.start(visual_prompt, IDS, MASK)[1]
+    results = []
+    read = lambda: results.append(language_model.start(visual_prompt, IDS, MASK)[1])  # noqa: E731
+    threads = [threading.Thread(target=read) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 6 and all(torch.equal(result, expected) for result in results)
+
+
+@pytest.mark.parametrize("num_rows", [1, 5, 70])
+@pytest.mark.parametrize(("length", "group_size"), [(256, 128), (192, 64), (96, 32)])
+def test_a_layer_alone_computes_with_the_weights_it_stores(length, group_size, num_rows):
+    torch.manual_seed(0)
+    linear = nn.Linear(length, 48).requires_grad_(False)
+    x = torch.randn(length, num_rows).t()  # its rows need not lie one after the other
+    for layer in (
+        Int4Linear(*to_int4(linear.weight, group_size), linear.bias),
+        Int8Linear(*to_int8(linear.weight), linear.bias),
+        Int8Linear(*to_int8(linear.weight), None),
+    ):
+        expected = whole(nn.Sequential(layer))(x)
+        y = OnnxLinear(layer)(x)
+        near(y, expected, 0.02)
+        assert y.dtype == torch.float32
+
+
+@pytest.mark.parametrize("length", [7, 16, 36, 100])
+def test_rows_of_any_length_are_multiplied(length):
+    torch.manual_seed(0)
+    linear = nn.Linear(length, 40).requires_grad_(False)
+    layer = Int8Linear(*to_int8(linear.weight), linear.bias)
+    x = torch.randn(2, 3, length)
+    near(OnnxLinear(layer)(x), whole(nn.Sequential(layer))(x), 0.02)
+
+
+def test_what_stands_out_makes_its_own_group_coarse_alone():
+    torch.manual_seed(0)
+    linear = nn.Linear(256, 40, bias=False).requires_grad_(False)
+    linear.weight[:, 7] = 0
+    layer = Int8Linear(*to_int8(linear.weight), None)
+    x = torch.randn(4, 256)
+    x[:, :32] = 0
+    x[:, 7] = 1e4
+    near(OnnxLinear(layer)(x), whole(nn.Sequential(layer))(x), 0.02)
+
+
+def test_a_gradient_is_refused_instead_of_lost(visual_prompt):
+    language_model = language_models(_opt)[1]
+    prompt = visual_prompt.requires_grad_()
+    with pytest.raises(UserError, match="no gradient"):
+        language_model.token_losses(prompt, IDS, MASK, IDS, torch.ones_like(IDS))
+    language_model.start(prompt, IDS, MASK)
+
+
+def test_other_precisions_flow_between_the_layers(visual_prompt):
+    network = quantized(_llama).to(torch.bfloat16)
+    for module in network.modules():
+        if isinstance(module, Int8Embedding):
+            module.dtype = torch.bfloat16
+    expected = language_models(_llama)[1].start(visual_prompt, IDS, MASK)[1]
+    assert take_over(network)
+    logits = DecoderLM(network, stop_ids=[1], pad_id=0).start(visual_prompt, IDS, MASK)[1]
+    near(logits, expected, 0.1)
+
+
+def test_families_without_a_graph_keep_their_layers():
+    torch.manual_seed(0)
+    network = GPT2LMHeadModel(GPT2Config(vocab_size=80, n_embd=64, n_layer=2, n_head=4)).eval().requires_grad_(False)
+    quantize(network, "int8")
+    assert not take_over(network)
+    assert not take_over(quantized(lambda: _opt(activation_function="gelu")))
+    network(torch.arange(5)[None])
+
+
+def test_zeros_that_are_no_whole_steps_stay_with_their_kernel():
+    """As folders hold them that an earlier version wrote."""
+    network = quantized(_opt)
+    layer = network.model.decoder.layers[1].fc1
+    layer.scale_and_zero[..., 1] += 0.3 * layer.scale_and_zero[..., 0]
+    assert not take_over(network)
+    network(torch.arange(5)[None])
+
+
+def test_unquantised_layers_stay():
+    assert not take_over(_opt().eval())
+
+
+def test_nothing_is_left_where_temporary_files_go(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    language_models(_opt)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_room_says_where_it_is_needed(monkeypatch):
+    class _Full:
+        def tell(self):
+            return 0
+
+        def write(self, _):
+            raise OSError(28, "No space left on device")
+
+    graph = Graph()
+    monkeypatch.setattr(graph, "_files", dict.fromkeys(("weights", "constants"), _Full()))
+    with pytest.raises(UserError, match=r"No space left on device\).*TMPDIR"):
+        graph.constant(torch.zeros(3))
+    shutil.rmtree(graph._folder.name)
