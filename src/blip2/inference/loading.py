@@ -301,7 +301,7 @@ class _Loader:
 
 
 def _take_over(network: Any) -> bool:
-    from blip2.model.onnx_stack import take_over  # here, since the runtime takes a tenth of a second to import
+    from blip2.model.graphs.taking_over import take_over  # here, since the runtime takes a tenth of a second to import
 
     return take_over(network)
 

@@ -42,7 +42,8 @@ class RoomyLayer(DynamicLayer):
 
     def cut(self, begin: int, end: int | None) -> None:
         """Keeps only the positions from `begin` to before `end`."""
-        self.put(self.keys[:, :, begin:end], self.values[:, :, begin:end])
+        if self.is_initialized:  # a cache is as deep as the encoder, a decoder may have fewer layers
+            self.put(self.keys[:, :, begin:end], self.values[:, :, begin:end])
 
     def shorten(self, length: int) -> None:
         """Forgets what comes after so many positions; their room stays."""
@@ -90,7 +91,8 @@ def join_layers(cache: Cache, other: Cache, *, right: bool = False) -> None:
     """Appends the rows of another cache of roomy layers, which is not to be used afterwards; see `RoomyLayer.join`."""
     layers: list[Any] = cache.layers
     for layer, joining in zip(layers, other.layers, strict=True):
-        layer.join(joining, right=right)
+        if layer.is_initialized:
+            layer.join(joining, right=right)
 
 
 def _with_room(states: Tensor, length: int) -> Tensor:

@@ -24,6 +24,7 @@ from blip2.model.quantized import MIDDLE, Int4Linear, Int8Linear
 MICROSOFT = "com.microsoft"
 VERSIONS = {"": 21, MICROSOFT: 1}
 GROUP_SIZES = (32, 16)  # of inputs beside weights of eight bits: larger ones are faster, and lose (docs/decisions.md)
+AT_ONCE = 300 << 20  # bytes of weights that one graph holds, about
 INT8_INPUTS = 4  # the kernel's `accuracy_level` that rounds inputs to eight bits
 INT8_ZERO = 128  # what stands for 0 among eight bits without a sign
 WHOLE = 0.05  # how far from a whole number of steps a zero may be that is one, but for bfloat16

@@ -8,13 +8,22 @@ import threading
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from blip2.errors import UserError
-from blip2.model import onnx_graph, onnx_stack
-from blip2.model.language import DecoderLM
-from blip2.model.onnx_graph import Graph
-from blip2.model.onnx_stack import OnnxLinear, take_over
+from blip2.model.graphs import decoders, graph, t5
+from blip2.model.graphs.graph import Graph
+from blip2.model.graphs.taking_over import OnnxLinear, take_over
+from blip2.model.language import DecoderLM, EncoderDecoderLM
 from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear, quantize, to_int4, to_int8
 
 VOCABULARY, WIDTH = 80, 64
@@ -47,7 +56,13 @@ def _llama_of_shared_heads():
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **shape, num_key_value_heads=2, head_dim=16))
 
 
-FAMILIES = [_opt, _opt_norms_last, _opt_of_two_kinds_of_bits, _llama, _llama_of_shared_heads]
+def _t5(**other):
+    shape = {"d_model": WIDTH, "d_kv": 16, "d_ff": 96, "num_layers": 3, "num_decoder_layers": 2, "num_heads": 4}
+    other = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False} | other
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **shape | other))
+
+
+FAMILIES = [_opt, _opt_norms_last, _opt_of_two_kinds_of_bits, _llama, _llama_of_shared_heads, _t5]
 
 
 def quantized(make, bits="int4"):
@@ -55,7 +70,7 @@ def quantized(make, bits="int4"):
     network = make().eval().requires_grad_(False)
     for weight in network.parameters():
         if weight.dim() > 1:
-            weight.normal_(0, 0.2)
+            weight.normal_(0, 0.1)
     quantize(network, bits, group_size=32)
     return network
 
@@ -86,9 +101,10 @@ def whole(network):
 def language_models(make, bits="int4"):
     """The network with whole weights, and taken over."""
     network = quantized(make, bits)
-    expected = DecoderLM(whole(network), stop_ids=[1], pad_id=0)
+    kind = EncoderDecoderLM if network.config.is_encoder_decoder else DecoderLM
+    expected = kind(whole(network), stop_ids=[1], pad_id=0)
     assert take_over(network)
-    return expected, DecoderLM(network, stop_ids=[1], pad_id=0)
+    return expected, kind(network, stop_ids=[1], pad_id=0)
 
 
 def near(y, expected, error=1e-3):
@@ -105,7 +121,7 @@ def visual_prompt():
 
 @pytest.fixture
 def float_inputs(monkeypatch):
-    monkeypatch.setattr(onnx_graph, "INT8_INPUTS", FLOAT_INPUTS)
+    monkeypatch.setattr(graph, "INT8_INPUTS", FLOAT_INPUTS)
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
@@ -122,13 +138,13 @@ def test_the_graph_reads_and_writes_as_the_layers_do(float_inputs, visual_prompt
     near(logits[1][1], logits[0][1], 5e-3)
 
 
-@pytest.mark.parametrize("make", [_opt, _llama_of_shared_heads])
+@pytest.mark.parametrize("make", [_opt, _llama_of_shared_heads, _t5])
 def test_inputs_of_eight_bits_stay_near(visual_prompt, make):
     expected, language_model = (lm.start(visual_prompt, IDS, MASK)[1] for lm in language_models(make))
     near(language_model, expected, 0.1)
 
 
-@pytest.mark.parametrize("make", [_opt, _llama_of_shared_heads])
+@pytest.mark.parametrize("make", [_opt, _llama_of_shared_heads, _t5])
 def test_rows_leave_join_and_are_chosen(float_inputs, visual_prompt, make):
     logits = []
     for language_model in language_models(make):
@@ -139,20 +155,27 @@ def test_rows_leave_join_and_are_chosen(float_inputs, visual_prompt, make):
         reading.join(other)
         steps = [language_model.step(reading, torch.tensor([2, 3, 4, 5]))]
         reading.select(torch.tensor([3]))
-        steps.append(language_model.step_through(reading, [6, 7, 8]))
-        reading.shorten(reading.mask.shape[1] - 2)
+        if not language_model.is_encoder_decoder:
+            steps.append(language_model.step_through(reading, [6, 7, 8]))
+            reading.shorten(reading.mask.shape[1] - 2)
         steps.append(language_model.step(reading, torch.tensor([9])))
         logits.append(torch.cat(steps))
     near(logits[1], logits[0], 5e-3)
 
 
-def test_layers_may_be_in_several_graphs(float_inputs, monkeypatch, visual_prompt):
-    one = language_models(_opt)[1]
-    monkeypatch.setattr(onnx_stack, "AT_ONCE", 1)
-    each = language_models(_opt)[1]
-    assert len(one.model.get_decoder().layers) == 1 and len(each.model.get_decoder().layers) == 3
-    results = [language_model.start(visual_prompt, IDS, MASK)[1] for language_model in (one, each)]
-    torch.testing.assert_close(results[0], results[1])
+@pytest.mark.parametrize("make", [_opt, _llama, _t5])
+def test_layers_may_be_in_several_graphs(make, float_inputs, monkeypatch, visual_prompt):
+    one = language_models(make)[1]
+    monkeypatch.setattr(decoders, "AT_ONCE", 1)
+    monkeypatch.setattr(t5, "AT_ONCE", 1)
+    each = language_models(make)[1]
+    logits = []
+    for language_model, count in ((one, 1), (each, 2 if make is _t5 else 3)):
+        decoder = language_model.model.get_decoder()
+        assert len(decoder.block if make is _t5 else decoder.layers) == count
+        reading, first = language_model.start(visual_prompt, IDS, MASK)
+        logits += [torch.stack([first, language_model.step(reading, torch.tensor([4, 5]))])]
+    torch.testing.assert_close(logits[0], logits[1])
 
 
 def test_a_row_is_read_as_if_it_were_alone(visual_prompt):
@@ -237,6 +260,7 @@ def test_families_without_a_graph_keep_their_layers():
     quantize(network, "int8")
     assert not take_over(network)
     assert not take_over(quantized(lambda: _opt(activation_function="gelu")))
+    assert not take_over(quantized(lambda: _t5(feed_forward_proj="relu")))
     network(torch.arange(5)[None])
 
 
@@ -267,8 +291,8 @@ def test_no_room_says_where_it_is_needed(monkeypatch):
         def write(self, _):
             raise OSError(28, "No space left on device")
 
-    graph = Graph()
-    monkeypatch.setattr(graph, "_files", dict.fromkeys(("weights", "constants"), _Full()))
+    empty = Graph()
+    monkeypatch.setattr(empty, "_files", dict.fromkeys(("weights", "constants"), _Full()))
     with pytest.raises(UserError, match=r"No space left on device\).*TMPDIR"):
-        graph.constant(torch.zeros(3))
-    shutil.rmtree(graph._folder.name)
+        empty.constant(torch.zeros(3))
+    shutil.rmtree(empty._folder.name)

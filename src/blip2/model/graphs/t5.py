@@ -1,0 +1,194 @@
+"""The layers of a quantised T5 as graphs: those of the encoder, and those of the decoder.
+
+encoder    states, mask with position bias  ─▶  all layers  ─▶  states
+once       what the encoder gave            ─▶  keys and values of every decoder layer
+decoder    states, masks, both kinds of keys and values  ─▶  all layers  ─▶  states, keys and values of the new tokens
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from blip2.model.graphs.feeds import added, causal, room_before, run, spread
+from blip2.model.graphs.graph import AT_ONCE, Graph
+from blip2.model.graphs.layers import Fed, Heads, Known, attend, attend_to, in_heads, rms_norm
+from blip2.model.key_values import RoomyLayer
+from blip2.model.quantized import refuse_gradient
+
+
+class T5:
+    """How FlanT5 is written down; a `Family`."""
+
+    def fits(self, config: Any) -> bool:
+        """Whether the MLP is gated, with the usual GELU."""
+        return config.is_gated_act and config.dense_act_fn == "gelu_new"
+
+    def replace(self, network: Any) -> None:
+        """Puts graphs in the place of the layers, which are used up one by one."""
+        heads = Heads(network.config.num_heads, network.config.num_heads, network.config.d_kv, 1.0)
+        for stack, kind in ((network.encoder, _EncoderStack), (network.decoder, _DecoderStack)):
+            biases = stack.block[0].layer[0].SelfAttention
+            blocks: list[_EncoderStack | _DecoderStack] = []
+            while not blocks or blocks[-1].places.stop < len(stack.block):
+                begin = blocks[-1].places.stop if blocks else 0
+                blocks.append(kind(stack.block, begin, heads, biases, network.config.d_model))
+            stack.block = nn.ModuleList(blocks)
+            for name in ("q", "k", "v", "o"):  # only the biases of positions are still asked of it
+                delattr(biases, name)
+
+
+class _Stack(nn.Module):
+    """Layers that follow each other, in the place of one."""
+
+    places: range
+
+    def __init__(self, heads: Heads, biases: Any) -> None:
+        super().__init__()
+        self.heads = heads
+        self._biases = [biases]  # no module of this one: each of several has it
+
+    def position_bias(self, length: int, num_known: int) -> Tensor:
+        """(1, H, T, L + T)."""
+        return self._biases[0].compute_bias(length, num_known + length, past_seen_tokens=num_known)
+
+
+class _EncoderStack(_Stack):
+    def __init__(self, layers: nn.ModuleList, begin: int, heads: Heads, biases: Any, width: int) -> None:
+        super().__init__(heads, biases)
+        graph = Graph()
+        x, mask = graph.input("states", "B", "T", width), graph.input("mask", "B1", heads.num, "T", "T")
+        end = begin
+        while end < len(layers) and graph.num_bytes < AT_ONCE:
+            layer: Any = layers[end]
+            query, keys, values = _project(graph, layer.layer[0], x)
+            known = Known(*(in_heads(graph, states, heads.num, heads) for states in (keys, values)))
+            attended = attend_to(graph, query, known, mask, heads)
+            x = graph.node("Add", x, *graph.product(attended, layer.layer[0].SelfAttention.o))
+            x = _feed_forward(graph, layer.layer[1], x)
+            layers[end] = nn.Identity()
+            end += 1
+        graph.output("hidden", x)
+        self.places = range(begin, end)
+        self._session = graph.session()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_bias: Tensor | None,
+        *others: Any,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor, None]:
+        """As a `T5Block`: states (B, T, D); a mask (B, 1, 1 or T, T); biases, None in the first."""
+        refuse_gradient(hidden_states)
+        length = hidden_states.shape[1]
+        bias = self.position_bias(length, 0) if position_bias is None else position_bias
+        mask = bias.float() if attention_mask is None else bias.float() + added(attention_mask)
+        (hidden,) = run(self._session, ["hidden"], {"states": hidden_states.float(), "mask": mask})
+        return hidden.to(hidden_states.dtype), bias, None
+
+
+class _DecoderStack(_Stack):
+    def __init__(self, layers: nn.ModuleList, begin: int, heads: Heads, biases: Any, width: int) -> None:
+        super().__init__(heads, biases)
+        graph, once = Graph(), Graph()
+        x, encoded = graph.input("states", "B", "T", width), once.input("encoded", "B", "S", width)
+        fed = Fed(graph.input("mask", "B1", heads.num, "T", "CT"), graph.input("sizes", 2, dtype=torch.int64))
+        seen = graph.input("seen", "B2", 1, 1, "S")
+        end = begin
+        while end < len(layers) and graph.num_bytes + once.num_bytes < AT_ONCE:
+            layer: Any = layers[end]
+            own, cross, mlp = layer.layer
+            shape = ("B", heads.num, "C", heads.width)
+            known = Known(graph.input(f"keys_{end}", *shape), graph.input(f"values_{end}", *shape))
+            attended, new = attend(graph, _project(graph, own, x), fed, heads, known)
+            x = graph.node("Add", x, *graph.product(attended, own.SelfAttention.o))
+            graph.output(f"new_keys_{end}", new.keys)
+            graph.output(f"new_values_{end}", new.values)
+            attention = cross.EncDecAttention
+            for name, states in zip(("keys", "values"), once.product(encoded, attention.k, attention.v), strict=True):
+                once.output(f"{name}_{end}", in_heads(once, states, heads.num, heads))
+            shape = ("B", heads.num, "S", heads.width)
+            known = Known(graph.input(f"seen_keys_{end}", *shape), graph.input(f"seen_values_{end}", *shape))
+            (query,) = graph.product(rms_norm(graph, cross.layer_norm, x), attention.q)
+            x = graph.node("Add", x, *graph.product(attend_to(graph, query, known, seen, heads), attention.o))
+            x = _feed_forward(graph, mlp, x)
+            layers[end] = nn.Identity()
+            end += 1
+        graph.output("hidden", x)
+        self.places = range(begin, end)
+        self._session, self._once = graph.session(), once.session()
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_bias: Tensor | None,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None,
+        *others: Any,
+        past_key_values: Any = None,
+        **unused: Any,
+    ) -> tuple[Tensor, Tensor, None]:
+        """As a `T5Block`: states (B, T, D); a mask (B, 1, T, L + T); biases, None in the first; what the encoder gave
+        (B, S, D), and its mask (B, 1, 1 or T, S); the cache of both attentions."""
+        refuse_gradient(hidden_states)
+        num_rows, length, _ = hidden_states.shape
+        caches = (None, None)
+        if past_key_values is not None:
+            caches = past_key_values.self_attention_cache, past_key_values.cross_attention_cache
+        layers = {i: None if caches[0] is None else caches[0].layers[i] for i in self.places}
+        before = {i: room_before(layer, num_rows, self.heads, length) for i, layer in layers.items()}
+        first = self.places[0]
+        room = before[first][0].shape[2]
+        num_known = 0 if caches[0] is None else caches[0].layers[first].get_seq_length()
+        bias = self.position_bias(length, num_known) if position_bias is None else position_bias
+        mask = bias.float() + added(causal(length, num_known) if attention_mask is None else attention_mask)
+        seen = torch.zeros(1, 1, 1, encoder_hidden_states.shape[1])
+        if encoder_attention_mask is not None:
+            seen = added(encoder_attention_mask)[:, :, :1]
+        fed = {"states": hidden_states.float(), "mask": spread(mask, num_known, room), "seen": seen}
+        fed["sizes"] = torch.tensor([room, length])
+        encoded = self._encoded(encoder_hidden_states, caches[1], past_key_values)
+        for i, (keys, values) in before.items():
+            fed |= {f"keys_{i}": keys, f"values_{i}": values}
+            fed |= {f"seen_keys_{i}": encoded[i][0], f"seen_values_{i}": encoded[i][1]}
+        names = [f"new_{kind}_{i}" for i in self.places for kind in ("keys", "values")]
+        hidden, *new = run(self._session, ["hidden", *names], fed)
+        if caches[0] is not None:
+            for i, keys, values in zip(self.places, new[::2], new[1::2], strict=True):
+                caches[0].update(keys, values, i)
+        return hidden.to(hidden_states.dtype), bias, None
+
+    def _encoded(self, states: Tensor, cache: Any, both: Any) -> dict[int, tuple[Tensor, Tensor]]:
+        """Keys and values (B, H, S, Dh) of what the encoder gave; computed once where there is a cache."""
+        if both is not None and both.is_updated.get(self.places[0]):
+            return {i: (cache.layers[i].keys, cache.layers[i].values) for i in self.places}
+        names = [f"{kind}_{i}" for i in self.places for kind in ("keys", "values")]
+        found = run(self._once, names, {"encoded": states.float()})
+        encoded = dict(zip(self.places, zip(found[::2], found[1::2], strict=True), strict=True))
+        if both is None:
+            return encoded
+        for i in self.places:
+            layer = cache.layers[i]
+            if isinstance(layer, RoomyLayer):
+                layer.lazy_initialization(*encoded[i])
+                layer.put(*encoded[i])  # no more will come, so no room is needed
+            else:
+                layer.update(*encoded[i])
+            both.is_updated[i] = True
+        return encoded
+
+
+def _project(graph: Graph, attention: Any, x: str) -> list[str]:
+    """Queries, keys and values of a self-attention."""
+    normed, own = rms_norm(graph, attention.layer_norm, x), attention.SelfAttention
+    return graph.product(normed, own.q, own.k, own.v)
+
+
+def _feed_forward(graph: Graph, layer: Any, x: str) -> str:
+    mlp = layer.DenseReluDense
+    gate, up = graph.product(rms_norm(graph, layer.layer_norm, x), mlp.wi_0, mlp.wi_1)
+    opened = graph.node("Mul", graph.node("Gelu", gate, approximate="tanh"), up)
+    return graph.node("Add", x, *graph.product(opened, mlp.wo))
