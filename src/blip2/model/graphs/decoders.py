@@ -78,16 +78,21 @@ class DecoderOnly:
     """How one kind of LLM is written down.
 
     Attributes:
-        fits: whether a configuration is one that `layer` can write down.
+        activation: the setting of the MLP's activation, and the one that `layer` writes down.
         heads: of a configuration.
         layer: (graph, layer, x, fed, heads, known) -> x, new keys and values.
         turns: positions by turning queries and keys.
     """
 
-    fits: Callable[[Any], bool]
+    activation: tuple[str, str]
     heads: Callable[[Any], Heads]
     layer: Callable[..., tuple[str, Known]]
     turns: bool
+
+    def fits(self, config: Any) -> bool:
+        """Whether a configuration is one that `layer` can write down."""
+        setting, wanted = self.activation
+        return getattr(config, setting) == wanted
 
     def replace(self, network: Any) -> None:
         """Puts graphs in the place of the layers: several, so that not all weights are held twice while they are laid
@@ -157,5 +162,5 @@ def _llama_heads(config: Any) -> Heads:
     return Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.head_dim**-0.5)
 
 
-OPT = DecoderOnly(lambda config: config.activation_function == "relu", _opt_heads, _opt_layer, False)
-LLAMA = DecoderOnly(lambda config: config.hidden_act == "silu", _llama_heads, _llama_layer, True)
+OPT = DecoderOnly(("activation_function", "relu"), _opt_heads, _opt_layer, False)
+LLAMA = DecoderOnly(("hidden_act", "silu"), _llama_heads, _llama_layer, True)

@@ -49,6 +49,7 @@ class Graph:
         self._nodes: list[Any] = []
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
+        self._fetched: dict[str, str] = {}  # results and the names they are fetched by
         self._kept: list[Any] = []  # constants, most of them a mark of where they are
         self._count = 0
         self.num_bytes = 0  # of weights so far
@@ -62,7 +63,7 @@ class Graph:
 
     def output(self, name: str, result: str) -> None:
         """Gives a result a name to be fetched by."""
-        self._nodes.append(helper.make_node("Identity", [result], [name]))
+        self._fetched[result] = name
         self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
 
     def node(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
@@ -118,8 +119,14 @@ class Graph:
 
     def session(self) -> Any:
         """The graph, ready to be run; as many threads as PyTorch has now, at rest between two runs."""
-        for file in self._files.values():
-            file.close()
+        try:
+            for file in self._files.values():
+                file.close()
+        except OSError as error:
+            raise self._no_room(error) from None
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                names[:] = [self._fetched.get(name, name) for name in names]
         graph = helper.make_graph(self._nodes, "layers", self._inputs, self._outputs, self._kept)
         versions = [helper.make_opsetid(domain, version) for domain, version in VERSIONS.items()]
         model = helper.make_model(graph, opset_imports=versions, ir_version=10)
@@ -146,11 +153,14 @@ class Graph:
             file.write(tensor.detach().contiguous().numpy().data)
             file.write(bytes(-tensor.nbytes % ALIGNED))
         except OSError as error:
-            raise UserError(
-                f"Weights could not be laid out, since writing to {self._folder.name} failed ({error.strerror}). Some "
-                "600 MB are needed there; the environment variable TMPDIR names another folder."
-            ) from None
+            raise self._no_room(error) from None
         return name
+
+    def _no_room(self, error: OSError) -> UserError:
+        return UserError(
+            f"Weights could not be laid out, since writing to {self._folder.name} failed ({error.strerror}). Some 600 MB "
+            "are needed there; the environment variable TMPDIR names another folder."
+        )
 
     def _name(self) -> str:
         self._count += 1
