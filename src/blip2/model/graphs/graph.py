@@ -158,8 +158,8 @@ class Graph:
 
     def _no_room(self, error: OSError) -> UserError:
         return UserError(
-            f"Weights could not be laid out, since writing to {self._folder.name} failed ({error.strerror}). Some 600 MB "
-            "are needed there; the environment variable TMPDIR names another folder."
+            f"Weights could not be laid out, since writing to {self._folder.name} failed ({error.strerror}). Some 600 "
+            "MB are needed there; the environment variable TMPDIR names another folder."
         )
 
     def _name(self) -> str:
