@@ -20,8 +20,9 @@ from transformers import (
 )
 
 from blip2.errors import UserError
+from blip2.model import quantized as quantized_module
 from blip2.model.graphs import decoders, graph, t5
-from blip2.model.graphs.graph import Graph
+from blip2.model.graphs.graph import Graph, whole_zeros
 from blip2.model.graphs.taking_over import OnnxLinear, take_over
 from blip2.model.language import DecoderLM, EncoderDecoderLM
 from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear, quantize, to_int4, to_int8
@@ -62,6 +63,7 @@ def _t5(**other):
     return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **shape | other))
 
 
+FIRST = {_opt: "layers.0.fc1", _t5: "block.0.layer.0.SelfAttention.q"}
 FAMILIES = [_opt, _opt_norms_last, _opt_of_two_kinds_of_bits, _llama, _llama_of_shared_heads, _t5]
 
 
@@ -264,13 +266,30 @@ def test_families_without_a_graph_keep_their_layers():
     network(torch.arange(5)[None])
 
 
-def test_zeros_that_are_no_whole_steps_stay_with_their_kernel():
-    """As folders hold them that an earlier version wrote."""
-    network = quantized(_opt)
-    layer = network.model.decoder.layers[1].fc1
-    layer.scale_and_zero[..., 1] += 0.3 * layer.scale_and_zero[..., 0]
-    assert not take_over(network)
-    network(torch.arange(5)[None])
+@pytest.mark.parametrize("make", [_opt, _t5])
+def test_zeros_that_are_no_whole_steps_are_added(float_inputs, monkeypatch, visual_prompt, make):
+    """As in weights that had four bits before, and in folders that an earlier version wrote."""
+    monkeypatch.setattr(quantized_module, "WORTH_WHOLE", 0)
+    assert (
+        whole_zeros(*quantized(make).get_decoder().get_submodule(FIRST[make]).scale_and_zero.float().unbind(2)) is None
+    )
+    logits = []
+    for language_model in language_models(make):
+        reading, first = language_model.start(visual_prompt, IDS, MASK)
+        logits.append(torch.stack([first, language_model.step(reading, torch.tensor([4, 5]))]))
+    near(logits[1], logits[0])
+
+
+def test_zeros_are_whole_steps_where_that_loses_little():
+    torch.manual_seed(0)
+    weight = torch.randn(300, 64)
+    packed, scale_and_zero = to_int4(weight)
+    assert whole_zeros(*scale_and_zero.float().unbind(2)) is not None
+    again = (packed[:, 0:32] & 15).float() * 0.1 + 0.033  # weights of sixteen values, none of them 0
+    stored, found = to_int4(again)
+    assert whole_zeros(*found.float().unbind(2)) is None
+    layer = Int4Linear(stored, found, None)
+    near(whole(nn.Sequential(layer))[0].weight, again, 0.03)
 
 
 def test_unquantised_layers_stay():

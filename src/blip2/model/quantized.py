@@ -21,6 +21,8 @@ MIDDLE = 8  # the four bits that stand for the zero
 CLIPS = 12  # how far each group's range is narrowed in search of the least squared error
 NARROWEST = 0.7
 ARRANGED_AT_ONCE = 256  # rows of a weight, a multiple of the four-bit kernels' blocks of 16, 32 or 64
+TRIED = 256  # rows that tell whether zeros are to be whole steps
+WORTH_WHOLE = 1.25  # how much larger the squared error may be then
 ROWS_AT_ONCE = 2048  # of a weight while it is rounded: bounds the memory that takes
 
 
@@ -90,8 +92,7 @@ class Int4Linear(nn.Module):
     Attributes:
         packed: (N, K / 2) uint8, two weights a byte, the one at the even place in the low half: as it is stored. The
             kernel's own arrangement, which depends on the processor, takes its place on first use.
-        scale_and_zero: (K / G, N, 2) bfloat16; (q - 8) * scale + zero is what was rounded. `to_int4` makes the zero a
-            whole number of steps, as other programs' kernels have it.
+        scale_and_zero: (K / G, N, 2) bfloat16; (q - 8) * scale + zero is what was rounded.
         bias: (N,) or None.
     """
 
@@ -169,24 +170,33 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 def to_int4(weight: Tensor, group_size: int = GROUP_SIZE) -> tuple[Tensor, Tensor]:
     """(N, K) -> packed weights and scale_and_zero, as `Int4Linear` has them.
 
-    The range of every group is narrowed a little at a time, and the one with the least squared error is kept.
+    The range of every group is narrowed a little at a time, and the one with the least squared error is kept. Zeros are
+    whole steps, which a CPU's kernel has for nothing, where that loses little; it does not where the weights had four
+    bits before, as those of a GGUF file may have had.
     """
-    parts = [_rows_to_int4(rows.float(), group_size) for rows in weight.split(ROWS_AT_ONCE)]
-    packed, scale_and_zero = zip(*parts, strict=True)
+    some = weight[:TRIED].float()
+    error_whole, error = (float(_rows_to_int4(some, group_size, whole=whole)[2]) for whole in (True, False))
+    whole = error_whole <= WORTH_WHOLE * error
+    parts = [_rows_to_int4(rows.float(), group_size, whole=whole) for rows in weight.split(ROWS_AT_ONCE)]
+    packed, scale_and_zero, _ = zip(*parts, strict=True)
     return torch.cat(packed), torch.cat(scale_and_zero, dim=1)
 
 
-def _rows_to_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def _rows_to_int4(weight: Tensor, group_size: int, *, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `to_int4`, and the sum of squared errors."""
     groups = weight.unflatten(1, (-1, group_size))  # (N, K / G, G)
     low, high = groups.aminmax(dim=2)  # (N, K / G)
-    low, high = low.clamp_(max=0), high.clamp_(min=0)  # 0 is one of the sixteen
+    if whole:
+        low, high = low.clamp_(max=0), high.clamp_(min=0)  # 0 is one of the sixteen
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.empty_like(low), torch.empty_like(low)
     for share in torch.linspace(1, NARROWEST, CLIPS).tolist():
-        # As the kernels have them: bfloat16, and whole steps away from the zero, which stands for 8.
+        # As the kernels have them: bfloat16, and weights whole steps away from the zero, which stands for 8.
         scale = ((high - low) * share / 15).clamp(min=1e-10).bfloat16().float()
-        steps = ((low + high) / 2 / scale + 0.5).round_().clamp_(MIDDLE - 15, MIDDLE)
-        zero = (steps * scale).bfloat16().float()
+        zero = (low + high + scale) / 2
+        if whole:
+            zero = zero.div_(scale).round_().clamp_(MIDDLE - 15, MIDDLE).mul_(scale)
+        zero = zero.bfloat16().float()
         error = (_fourbit(groups, scale, zero).sub_(8).mul_(scale[..., None]).add_(zero[..., None]) - groups).square_()
         error = error.sum(dim=2)
         better = error < best_error
@@ -194,7 +204,7 @@ def _rows_to_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
         best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
     q = _fourbit(groups, best_scale, best_zero).flatten(1).to(torch.uint8)  # (N, K)
     packed = q[:, ::2] | (q[:, 1::2] << 4)
-    return packed, torch.stack([best_scale.t(), best_zero.t()], dim=2).bfloat16()
+    return packed, torch.stack([best_scale.t(), best_zero.t()], dim=2).bfloat16(), best_error.sum()
 
 
 def _fourbit(groups: Tensor, scale: Tensor, zero: Tensor) -> Tensor:

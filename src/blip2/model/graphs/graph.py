@@ -87,11 +87,12 @@ class Graph:
         return name
 
     def product(self, x: str, *layers: QuantizedLinear) -> list[str]:
-        """(..., K) through linear layers: (..., N) for each. Those of one kind are one product."""
+        """(B, T, K) through linear layers: (B, T, N) for each. Those of one kind are one product."""
+        group_size, length = _group_size(layers[0]), layers[0].in_features
         if len({(type(layer), _group_size(layer)) for layer in layers}) > 1:
             return [result for layer in layers for result in self.product(x, layer)]
         parts = [_stored(layer) for layer in layers]
-        weight, scale, zero = (torch.cat([part[i] for part in parts]) for i in range(3))
+        weight, scale, zero, added = (torch.cat([part[i] for part in parts]) for i in range(4))
         self.num_bytes += weight.nbytes
         biases = [layer.bias for layer in layers]
         bias = ""
@@ -104,11 +105,15 @@ class Graph:
             *(x, self._write(WEIGHTS, weight), self.constant(scale), self.constant(zero), "", bias),
             domain=MICROSOFT,
             N=len(weight),
-            K=layers[0].in_features,
+            K=length,
             bits=4 if isinstance(layers[0], Int4Linear) else 8,
-            block_size=_group_size(layers[0]),
+            block_size=group_size,
             accuracy_level=INT8_INPUTS,
         )
+        if bool(added.any()):  # to each weight of a group: so its sum of inputs, times that
+            groups = self.node("Reshape", x, self.shape(0, 0, length // group_size, group_size))
+            sums = self.node("ReduceSum", groups, self.shape(3), keepdims=0)  # (B, T, K / G)
+            y = self.node("Add", y, self.node("MatMul", sums, self.constant(added.t())))
         if len(layers) == 1:
             return [y]
         return self.split(y, self.shape(*(layer.out_features for layer in layers)), len(layers))
@@ -182,9 +187,7 @@ def let_go_of_pages(path: Path) -> None:
 
 def can_take(layer: Any) -> bool:
     """Whether a layer is one that `Graph.product` takes."""
-    if not isinstance(layer, Int4Linear):
-        return isinstance(layer, Int8Linear) and not layer.rounds_inputs
-    return _zeros(layer) is not None
+    return isinstance(layer, Int4Linear) or (isinstance(layer, Int8Linear) and not layer.rounds_inputs)
 
 
 def _group_size(layer: QuantizedLinear) -> int:
@@ -193,26 +196,32 @@ def _group_size(layer: QuantizedLinear) -> int:
     return next((size for size in GROUP_SIZES if layer.in_features % size == 0), GROUP_SIZES[-1])
 
 
-def _stored(layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor]:
-    """The weight (N, K / G, bytes of a group), scales (N, K / G) float32 and what stands for 0, as many bits each."""
+def _stored(layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The weight (N, K / G, bytes of a group); scales (N, K / G) float32; what stands for 0, as many bits each; and what
+    is added to all weights of a group, (N, K / G) float32."""
     if isinstance(layer, Int4Linear):
-        zero = _zeros(layer)
-        assert zero is not None, "`can_take` was asked before"
+        scale, offset = layer.scale_and_zero.float().transpose(0, 1).unbind(dim=2)  # (N, K / G) each
+        zero = whole_zeros(scale, offset)
+        offset = offset if zero is None else torch.zeros_like(offset)
+        zero = torch.full(scale.shape, MIDDLE, dtype=torch.uint8) if zero is None else zero
         zero = F.pad(zero, (0, zero.shape[1] % 2))
-        scale = layer.scale_and_zero[:, :, 0].t().float().contiguous()
-        return layer.packed.unflatten(1, (-1, layer.group_size // 2)), scale, zero[:, ::2] | (zero[:, 1::2] << 4)
+        zero = zero[:, ::2] | (zero[:, 1::2] << 4)
+        return layer.packed.unflatten(1, (-1, layer.group_size // 2)), scale, zero, offset
     group_size = _group_size(layer)
     weight = layer.weight.view(torch.uint8) ^ INT8_ZERO
     if padding := -layer.in_features % group_size:
         weight = F.pad(weight, (0, padding), value=INT8_ZERO)
     weight = weight.unflatten(1, (-1, group_size))
     scale = layer.scale[:, None].float().expand(-1, weight.shape[1])
-    return weight, scale, torch.full(scale.shape, INT8_ZERO, dtype=torch.uint8)
+    return weight, scale, torch.full(scale.shape, INT8_ZERO, dtype=torch.uint8), torch.zeros(scale.shape)
 
 
-def _zeros(layer: Int4Linear) -> Tensor | None:
-    """The number of 0..15 that stands for 0 in each group, (N, K / G) uint8; None where there is none in some."""
-    scale, zero = layer.scale_and_zero.float().transpose(0, 1).unbind(dim=2)
+def whole_zeros(scale: Tensor, zero: Tensor) -> Tensor | None:
+    """The number of 0..15 that stands for 0 in each group, uint8; None where there is none in some.
+
+    Args:
+        scale, zero: as `Int4Linear` has them, of any one shape.
+    """
     points = MIDDLE - zero / scale
     whole = points.round()
     is_one = ((points - whole).abs() <= WHOLE) & (whole >= 0) & (whole <= 15)

@@ -45,7 +45,7 @@ class OnnxLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
         graph = Graph()
-        (y,) = graph.product(graph.input("x", "M", layer.in_features), layer)
+        (y,) = graph.product(graph.input("x", 1, "M", layer.in_features), layer)
         graph.output("y", y)
         self._session = graph.session()
 
@@ -53,8 +53,8 @@ class OnnxLinear(nn.Module):
         """(..., K) -> (..., N), in x's dtype."""
         refuse_gradient(x)
         rows = x.reshape(-1, x.shape[-1]).float()
-        (y,) = run(self._session, ["y"], {"x": rows})
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        (y,) = run(self._session, ["y"], {"x": rows[None]})
+        return y[0].to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def take_over(network: Any) -> bool:
@@ -64,7 +64,7 @@ def take_over(network: Any) -> bool:
         network: a Hugging Face model, quantised and not used yet.
 
     Returns:
-        Whether it was; false for a family without a graph, and for weights that the kernel cannot take.
+        Whether it was; false for a family without a graph, and for layers that are not quantised.
     """
     family = FAMILIES.get(type(network).__name__)
     if family is None or not family.fits(network.config):
