@@ -14,6 +14,8 @@ import blip2
 from blip2.checkpoints import quantized
 from blip2.cli.main import app
 from blip2.errors import BadData, MissingFile, Untrusted, UserError
+from blip2.model.graphs.taking_over import OnnxLinear
+from blip2.model.quantized import Int4Linear, Int8Linear
 
 SPEAKING = ("blip2-opt", "blip2-t5", "instructblip-llama", "instructblip-t5")
 
@@ -55,7 +57,12 @@ def test_the_folder_gives_what_rounding_at_load_gives(peers, tmp_path, kind, bit
     assert run("quantize", folder, tmp_path / "small", "--to", bits, "--quiet").strip() == str(tmp_path / "small")
     moved = tmp_path / "elsewhere"
     (tmp_path / "small").rename(moved)
-    rounded, read = said(blip2.load(folder, quantize=bits)), said(blip2.load(moved))
+    models = blip2.load(folder, quantize=bits), blip2.load(moved)
+    for model in models:
+        modules = list(model.generator.model.language_model.modules())
+        assert any(isinstance(module, OnnxLinear) for module in modules), "the head is a graph"
+        assert not any(isinstance(module, Int4Linear | Int8Linear) for module in modules), "and all layers are in one"
+    rounded, read = map(said, models)
     assert torch.equal(rounded[0], read[0]) and torch.equal(rounded[1], read[1])
     assert rounded[2:] == read[2:]
 

@@ -1,9 +1,9 @@
-"""A quantised decoder whose layers are one graph reads and writes as the same weights do in transformers' layers."""
+"""A quantised LLM whose layers are graphs reads and writes as the same weights do in transformers' layers."""
 
 import copy
-import shutil
 import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,8 +63,19 @@ def _t5(**other):
     return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, decoder_start_token_id=0, **shape | other))
 
 
+def _opt_of_narrow_words():
+    return _opt(word_embed_proj_dim=32)
+
+
+def _t5_with_a_head_of_its_own():
+    network = _t5()
+    network.lm_head.weight = nn.Parameter(torch.empty(VOCABULARY, WIDTH))
+    return network
+
+
 FIRST = {_opt: "layers.0.fc1", _t5: "block.0.layer.0.SelfAttention.q"}
 FAMILIES = [_opt, _opt_norms_last, _opt_of_two_kinds_of_bits, _llama, _llama_of_shared_heads, _t5]
+FAMILIES += [_opt_of_narrow_words, _t5_with_a_head_of_its_own]
 
 
 def quantized(make, bits="int4"):
@@ -109,8 +120,9 @@ def language_models(make, bits="int4"):
     return expected, kind(network, stop_ids=[1], pad_id=0)
 
 
-def near(y, expected, error=1e-3):
-    """Of bfloat16 a zero keeps eight bits, a whole number of steps all: so much may be between them."""
+def near(y, expected, error):
+    """Between whole steps and bfloat16's zeros 0.003 at most was measured, 0.005 is allowed; between inputs of eight
+    bits and whole ones 0.06, and for one product 0.01; 0.1 and 0.02 are."""
     assert y.shape == expected.shape
     assert float((y - expected).norm() / expected.norm()) < error
 
@@ -132,6 +144,7 @@ def test_the_graph_reads_and_writes_as_the_layers_do(float_inputs, visual_prompt
     """Rows of different lengths, and more words than the buffers have room for at first."""
     logits = []
     for language_model in language_models(make, bits):
+        visual_prompt = visual_prompt[:, :, : language_model.width]
         reading, first = language_model.start(visual_prompt, IDS, MASK)
         steps = [language_model.step(reading, torch.tensor([3 + i % 9, 8])) for i in range(70)]
         losses = language_model.token_losses(visual_prompt, IDS, MASK, IDS, torch.ones_like(IDS))
@@ -190,8 +203,12 @@ def test_a_row_is_read_as_if_it_were_alone(visual_prompt):
 def test_several_threads_of_a_program_may_read_at_once(visual_prompt):
     language_model = language_models(_opt)[1]
     expected = language_model.start(visual_prompt, IDS, MASK)[1]
-    results = []
-    read = lambda: results.append(language_model.start(visual_prompt, IDS, MASK)[1])  # noqa: E731
+    results, together = [], threading.Barrier(6)
+
+    def read():
+        together.wait()
+        results.append(language_model.start(visual_prompt, IDS, MASK)[1])
+
     threads = [threading.Thread(target=read) for _ in range(6)]
     for thread in threads:
         thread.start()
@@ -277,7 +294,7 @@ def test_zeros_that_are_no_whole_steps_are_added(float_inputs, monkeypatch, visu
     for language_model in language_models(make):
         reading, first = language_model.start(visual_prompt, IDS, MASK)
         logits.append(torch.stack([first, language_model.step(reading, torch.tensor([4, 5]))]))
-    near(logits[1], logits[0])
+    near(logits[1], logits[0], 5e-3)
 
 
 def test_zeros_are_whole_steps_where_that_loses_little():
@@ -302,16 +319,30 @@ def test_nothing_is_left_where_temporary_files_go(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_no_room_says_where_it_is_needed(monkeypatch):
-    class _Full:
-        def tell(self):
-            return 0
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is full")
+def test_a_full_disk_says_what_is_needed():
+    for is_small in (True, False):  # a small one is written when the file is closed
+        empty = Graph()
+        empty._files["constants"].close()
+        empty._files["constants"] = open("/dev/full", "wb")  # noqa: SIM115
+        with pytest.raises(UserError, match=r"\(No space left on device\).*TMPDIR"):
+            empty.constant(torch.zeros(3 if is_small else 1 << 20))
+            empty.session()
 
-        def write(self, _):
-            raise OSError(28, "No space left on device")
 
-    empty = Graph()
-    monkeypatch.setattr(empty, "_files", dict.fromkeys(("weights", "constants"), _Full()))
-    with pytest.raises(UserError, match=r"No space left on device\).*TMPDIR"):
-        empty.constant(torch.zeros(3))
-    shutil.rmtree(empty._folder.name)
+def test_no_folder_for_temporary_files_says_what_is_needed(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(UserError, match="TMPDIR"):
+        language_models(_opt)
+
+
+def test_half_precision_does_not_overflow():
+    """T5's states grow beyond what float16 holds; transformers' layers clamp them."""
+    network = quantized(_t5)
+    network.encoder.block[0].layer[1].DenseReluDense.wo.scale_and_zero *= 1e7
+    for module in network.modules():
+        if isinstance(module, Int8Embedding):
+            module.dtype = torch.float16
+    assert take_over(network)
+    states, _, _ = network.encoder.block[0](torch.randn(1, 4, WIDTH).half(), None, None)
+    assert states.dtype == torch.float16 and float(states.abs().max()) == torch.finfo(torch.float16).max

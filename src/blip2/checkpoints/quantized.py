@@ -4,9 +4,9 @@
     quantized.safetensors    what `model.quantized` made of the linear layers; everything else as it was
     config.json, generation_config.json, tokenizer   as the part had them
 
-`checkpoints.frozen` reads such a folder. Eight-bit weights are mapped and stay on disk until they are used, and those
-of an image encoder are let go again layer by layer, since they are used once a picture; four-bit ones are read when
-they are laid out for the processor's kernel (`Int4Linear.arrange`).
+`checkpoints.frozen` reads such a folder. Weights are mapped and stay on disk until they are used. Those of an image
+encoder are let go again layer by layer, since they are used once a picture; those of a language model are read when
+they are laid out for the processor's kernel.
 """
 
 import json
@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from blip2.checkpoints.mapped import CAN_LET_GO, MappedFile
 from blip2.errors import BadData, MissingFile, Untrusted
-from blip2.model.low_bit_products import STEP
 from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear
 
 MARK = "quantization.json"
@@ -141,11 +140,6 @@ def _read_mark(folder: Path) -> dict[str, str]:
         raise BadData(f"{folder / MARK} is broken ({error!r}). {AGAIN}") from None
 
 
-def _aligned(tensor: Tensor) -> Tensor:
-    """A matrix where the kernel that reads int8 weights can: a file aligns to eight bytes alone."""
-    return tensor.clone() if tensor.dtype == torch.int8 and tensor.data_ptr() % STEP else tensor
-
-
 def _read(path: Path, shared: Mapping[str, str], *, lets_go: bool) -> tuple[MappedFile | None, dict[str, Tensor]]:
     """All weights, mapped: as one file whose parts can be let go and read again, or each with a mapping of its own, so
     that what is read once frees its memory. Of a matrix that is shared words are looked up, a few pages of it, while
@@ -164,8 +158,6 @@ def _read(path: Path, shared: Mapping[str, str], *, lets_go: bool) -> tuple[Mapp
         for name, stored in names.items():
             with safe_open(path, framework="pt") as file:
                 weights[name] = file.get_tensor(stored)
-            if name == stored:
-                weights[name] = _aligned(weights[name])
         return None, weights
     except SafetensorError as error:
         raise Untrusted(f"{path} is no whole safetensors file ({error}). {AGAIN}") from None

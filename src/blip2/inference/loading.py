@@ -226,10 +226,11 @@ class _Loader:
             self._check(part, network)
         self._lighten(network, self.quantize)
         on_cpu = self.device.type == "cpu" and self.device_map is None
-        if not (on_cpu and has_few_bits(network) and _take_over(network)):
-            arrange(network, self.device)
-            if on_cpu:
-                pack(network)
+        if on_cpu and has_few_bits(network):
+            _take_over(network)
+        arrange(network, self.device)  # what no graph took
+        if on_cpu:
+            pack(network)
         padding = "right" if network.config.is_encoder_decoder else "left"
         tokenizer = LanguageTokenizer(hf_tokenizer, prompt_padding=padding)
         language_model = wrap_language_model(network, tokenizer, stop=self.settings.stop)
@@ -300,10 +301,10 @@ class _Loader:
             )
 
 
-def _take_over(network: Any) -> bool:
+def _take_over(network: Any) -> None:
     from blip2.model.graphs.taking_over import take_over  # here, since the runtime takes a tenth of a second to import
 
-    return take_over(network)
+    take_over(network)
 
 
 def wrap_language_model(network: Any, tokenizer: LanguageTokenizer, *, stop: str = "") -> LanguageModel:

@@ -43,7 +43,7 @@ class RoomyLayer(DynamicLayer):
     def cut(self, begin: int, end: int | None) -> None:
         """Keeps only the positions from `begin` to before `end`."""
         if self.is_initialized:  # a cache is as deep as the encoder, a decoder may have fewer layers
-            self.put(self.keys[:, :, begin:end], self.values[:, :, begin:end])
+            self.put(self.keys[:, :, begin:end].contiguous(), self.values[:, :, begin:end].contiguous())
 
     def shorten(self, length: int) -> None:
         """Forgets what comes after so many positions; their room stays."""

@@ -3,8 +3,9 @@
     Int8Linear   weight (N, K) int8, one scale a row
     Int4Linear   weight (N, K) of 0..15 in groups of G along K, each with a scale and a zero
 
-The matrix products are PyTorch's own kernels (`low_bit_products`). Frozen means frozen: no gradient passes through, and
-asking for one is an error. What is no linear layer (convolutions, norms, position embeddings) keeps its precision.
+The matrix products are PyTorch's own kernels (`low_bit_products`), but where a graph takes the layers (`graphs`).
+Frozen means frozen: no gradient passes through, and asking for one is an error. What is no linear layer (convolutions,
+norms, position embeddings) keeps its precision.
 """
 
 from typing import Any, Literal
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.errors import UserError
-from blip2.model.low_bit_products import int4_product, int8_product
+from blip2.model.low_bit_products import STEP, int4_product, int8_product
 
 Bits = Literal["int8", "int4"]
 GROUP_SIZE = 32  # weights that share a scale and a zero in Int4Linear
@@ -254,10 +255,13 @@ def quantize(network: Any, bits: Bits, *, group_size: int = GROUP_SIZE, rounds_i
 
 
 def arrange(network: nn.Module, device: torch.device) -> None:
-    """Lays the four-bit weights out for `device` now, instead of on first use."""
+    """Lays the four-bit weights out for `device` now, instead of on first use, and puts those of eight bits where the
+    kernel for few rows reads them: a file aligns to eight bytes alone."""
     for layer in network.modules():
         if isinstance(layer, Int4Linear):
             layer.arrange(device)
+        elif isinstance(layer, Int8Linear) and device.type == "cpu" and layer.weight.data_ptr() % STEP:
+            layer.weight = layer.weight.clone()
 
 
 def has_few_bits(network: nn.Module) -> bool:

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2.model.graphs.feeds import added, causal, room_before, run, spread
+from blip2.model.graphs.feeds import added, causal, refuse, room_before, run, spread
 from blip2.model.graphs.graph import AT_ONCE, Graph
 from blip2.model.graphs.layers import Fed, Heads, Known, attend, layer_norm, rms_norm
-from blip2.model.quantized import refuse_gradient
 
 
 class Stack(nn.Module):
@@ -48,7 +47,7 @@ class Stack(nn.Module):
         Returns:
             (B, T, D).
         """
-        refuse_gradient(hidden_states)
+        refuse(hidden_states)
         num_rows, length, _ = hidden_states.shape
         layers: dict[int, Any] = dict.fromkeys(self._places)
         if past_key_values is not None:

@@ -5,10 +5,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip2.errors import UserError
 from blip2.model.graphs.layers import Heads
 from blip2.model.key_values import RoomyLayer
+from blip2.model.quantized import refuse_gradient
 
 CLOSED = -1e30  # added to the score of what may not be seen; not infinite, for a row of padding may see nothing
+
+
+def refuse(hidden_states: Tensor) -> None:
+    """Raises UserError where a gradient would have to pass, or where states lie on another device than the graphs."""
+    refuse_gradient(hidden_states)
+    if hidden_states.device.type != "cpu":
+        raise UserError("Quantised weights stay where they were first used. Load the model for the other device.")
 
 
 def run(session: Any, names: list[str], fed: dict[str, Tensor]) -> list[Tensor]:
@@ -18,9 +27,10 @@ def run(session: Any, names: list[str], fed: dict[str, Tensor]) -> list[Tensor]:
 
 
 def room_before(layer: Any, num_rows: int, heads: Heads, length: int) -> tuple[Tensor, Tensor]:
-    """Keys and values (B, Hkv, C, Dh) that begin with those that a cache's layer holds, with room for `length` more."""
+    """Keys and values (B, Hkv, C, Dh) that begin with those that a cache's layer holds, none where there is no layer. A
+    roomy one has room for `length` more then, and one without states is given none."""
     if layer is None or not layer.is_initialized:
-        nothing = torch.zeros(num_rows, heads.num_shared, 0 if layer is not None else 1, heads.width)
+        nothing = torch.zeros(num_rows, heads.num_shared, 0, heads.width)
         if layer is None:
             return nothing, nothing
         layer.update(nothing, nothing)

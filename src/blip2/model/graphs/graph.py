@@ -1,6 +1,6 @@
 """A graph for ONNX Runtime, whose products have weights of four or eight bits.
 
-PyTorch's own kernels for CPUs multiply such weights as floats. `MatMulNBits` rounds a row's inputs to eight bits too,
+PyTorch's own kernel for four bits on CPUs multiplies floats. `MatMulNBits` rounds a row's inputs to eight bits too,
 in the groups in which the weights have their scales, and adds integers up: what stands out makes its own group coarse.
 
 Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
@@ -53,8 +53,11 @@ class Graph:
         self._kept: list[Any] = []  # constants, most of them a mark of where they are
         self._count = 0
         self.num_bytes = 0  # of weights so far
-        self._folder = tempfile.TemporaryDirectory(prefix="blip2-", ignore_cleanup_errors=True)
-        self._files = {name: (Path(self._folder.name) / name).open("wb") for name in (WEIGHTS, CONSTANTS)}
+        try:
+            self._folder = tempfile.TemporaryDirectory(prefix="blip2-", ignore_cleanup_errors=True)
+            self._files = {name: (Path(self._folder.name) / name).open("wb") for name in (WEIGHTS, CONSTANTS)}
+        except OSError as error:
+            raise _no_room(error) from None
 
     def input(self, name: str, *shape: int | str, dtype: torch.dtype = torch.float32) -> str:
         """What is fed; a size with a name may differ from call to call."""
@@ -128,7 +131,7 @@ class Graph:
             for file in self._files.values():
                 file.close()
         except OSError as error:
-            raise self._no_room(error) from None
+            raise _no_room(error) from None
         for node in self._nodes:
             for names in (node.input, node.output):
                 names[:] = [self._fetched.get(name, name) for name in names]
@@ -158,18 +161,19 @@ class Graph:
             file.write(tensor.detach().contiguous().numpy().data)
             file.write(bytes(-tensor.nbytes % ALIGNED))
         except OSError as error:
-            raise self._no_room(error) from None
+            raise _no_room(error) from None
         return name
-
-    def _no_room(self, error: OSError) -> UserError:
-        return UserError(
-            f"Weights could not be laid out, since writing to {self._folder.name} failed ({error.strerror}). Some 600 "
-            "MB are needed there; the environment variable TMPDIR names another folder."
-        )
 
     def _name(self) -> str:
         self._count += 1
         return f"t{self._count}"
+
+
+def _no_room(error: OSError) -> UserError:
+    return UserError(
+        f"Weights could not be laid out in a temporary file ({error.strerror}). Half a gigabyte is needed, and a fifth "
+        "of what the language model has on disk; the environment variable TMPDIR names another folder."
+    )
 
 
 def let_go_of_pages(path: Path) -> None:
@@ -180,7 +184,7 @@ def let_go_of_pages(path: Path) -> None:
         return
     system = ctypes.CDLL(None)
     for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.endswith(f" {path}"):
+        if line.endswith(f" {path.resolve()}"):
             begin, end = (int(number, 16) for number in line.partition(" ")[0].split("-"))
             system.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
 
@@ -197,8 +201,8 @@ def _group_size(layer: QuantizedLinear) -> int:
 
 
 def _stored(layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The weight (N, K / G, bytes of a group); scales (N, K / G) float32; what stands for 0, as many bits each; and what
-    is added to all weights of a group, (N, K / G) float32."""
+    """The weight (N, K / G, bytes of a group); scales (N, K / G) float32; what stands for 0, as many bits each; and
+    what is added to all weights of a group, (N, K / G) float32."""
     if isinstance(layer, Int4Linear):
         scale, offset = layer.scale_and_zero.float().transpose(0, 1).unbind(dim=2)  # (N, K / G) each
         zero = whole_zeros(scale, offset)

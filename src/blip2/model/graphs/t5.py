@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2.model.graphs.feeds import added, causal, room_before, run, spread
+from blip2.model.graphs.feeds import added, causal, refuse, room_before, run, spread
 from blip2.model.graphs.graph import AT_ONCE, Graph
 from blip2.model.graphs.layers import Fed, Heads, Known, attend, attend_to, in_heads, rms_norm
 from blip2.model.key_values import RoomyLayer
-from blip2.model.quantized import refuse_gradient
 
 
 class T5:
@@ -81,12 +80,12 @@ class _EncoderStack(_Stack):
         **unused: Any,
     ) -> tuple[Tensor, Tensor, None]:
         """As a `T5Block`: states (B, T, D); a mask (B, 1, 1 or T, T); biases, None in the first."""
-        refuse_gradient(hidden_states)
+        refuse(hidden_states)
         length = hidden_states.shape[1]
         bias = self.position_bias(length, 0) if position_bias is None else position_bias
         mask = bias.float() if attention_mask is None else bias.float() + added(attention_mask)
         (hidden,) = run(self._session, ["hidden"], {"states": hidden_states.float(), "mask": mask})
-        return hidden.to(hidden_states.dtype), bias, None
+        return _as(hidden, hidden_states.dtype), bias, None
 
 
 class _DecoderStack(_Stack):
@@ -133,7 +132,7 @@ class _DecoderStack(_Stack):
     ) -> tuple[Tensor, Tensor, None]:
         """As a `T5Block`: states (B, T, D); a mask (B, 1, T, L + T); biases, None in the first; what the encoder gave
         (B, S, D), and its mask (B, 1, 1 or T, S); the cache of both attentions."""
-        refuse_gradient(hidden_states)
+        refuse(hidden_states)
         num_rows, length, _ = hidden_states.shape
         caches = (None, None)
         if past_key_values is not None:
@@ -159,7 +158,7 @@ class _DecoderStack(_Stack):
         if caches[0] is not None:
             for i, keys, values in zip(self.places, new[::2], new[1::2], strict=True):
                 caches[0].update(keys, values, i)
-        return hidden.to(hidden_states.dtype), bias, None
+        return _as(hidden, hidden_states.dtype), bias, None
 
     def _encoded(self, states: Tensor, cache: Any, both: Any) -> dict[int, tuple[Tensor, Tensor]]:
         """Keys and values (B, H, S, Dh) of what the encoder gave; computed once where there is a cache."""
@@ -179,6 +178,14 @@ class _DecoderStack(_Stack):
                 layer.update(*encoded[i])
             both.is_updated[i] = True
         return encoded
+
+
+def _as(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What float16 cannot hold becomes the largest that it can, as in transformers' layers."""
+    if dtype == torch.float16:
+        most = torch.finfo(dtype).max
+        hidden = hidden.clamp(-most, most)
+    return hidden.to(dtype)
 
 
 def _project(graph: Graph, attention: Any, x: str) -> list[str]:

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from blip2.model.graphs.decoders import LLAMA, OPT
-from blip2.model.graphs.feeds import run
+from blip2.model.graphs.feeds import refuse, run
 from blip2.model.graphs.graph import Graph, can_take
 from blip2.model.graphs.t5 import T5
-from blip2.model.quantized import Int4Linear, Int8Linear, refuse_gradient
+from blip2.model.quantized import Int4Linear, Int8Linear
 
 
 class Family(Protocol):
@@ -23,8 +23,8 @@ class Family(Protocol):
         ...
 
     def replace(self, network: Any) -> None:
-        """Puts graphs in the place of the layers: several, so that not all weights are held twice while they are laid
-        out. The layers are used up one by one, which frees what they held."""
+        """Puts graphs in the place of the layers."""
+        ...
 
 
 FAMILIES: dict[str, Family] = {
@@ -51,7 +51,7 @@ class OnnxLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), in x's dtype."""
-        refuse_gradient(x)
+        refuse(x)
         rows = x.reshape(-1, x.shape[-1]).float()
         (y,) = run(self._session, ["y"], {"x": rows[None]})
         return y[0].to(x.dtype).unflatten(0, x.shape[:-1])
