@@ -5,7 +5,7 @@ transformers' model stays around them: embeddings, masks, the last norm. In plac
     states, mask, keys and values of before  ─▶  all layers  ─▶  states, keys and values of the new tokens
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from blip2.model.graphs.feeds import added, causal, refuse, room_before, run, spread
-from blip2.model.graphs.graph import AT_ONCE, Graph
+from blip2.model.graphs.graph import AT_ONCE, Graph, sessions
 from blip2.model.graphs.layers import Fed, Heads, Known, attend, layer_norm, rms_norm
 
 
@@ -96,16 +96,21 @@ class DecoderOnly:
     def replace(self, network: Any) -> None:
         """Puts graphs in the place of the layers: several, so that not all weights are held twice while they are laid
         out. The layers are used up one by one, which frees what they held."""
-        decoder = network.get_decoder()
-        stacks, begin = nn.ModuleList(), 0
-        while begin < len(decoder.layers):
-            stack, begin = self._stack(network.config, decoder.layers, begin)
-            stacks.append(stack)
-        decoder.layers = stacks
+        decoder, heads = network.get_decoder(), self.heads(network.config)
+        places: list[range] = []
+        made = sessions(self._graphs(network.config, heads, decoder.layers, places))
+        stacks = [Stack(one, heads, some, turns=self.turns) for one, some in zip(made, places, strict=True)]
+        decoder.layers = nn.ModuleList(stacks)
 
-    def _stack(self, config: Any, layers: nn.ModuleList, begin: int) -> tuple[Stack, int]:
-        """Layers from `begin` on, as many as are laid out at once, and where the next begins."""
-        heads = self.heads(config)
+    def _graphs(self, config: Any, heads: Heads, layers: nn.ModuleList, places: list[range]) -> Iterator[Graph]:
+        """Of as many layers as are laid out at once; which these are is appended to `places`."""
+        while not places or places[-1].stop < len(layers):
+            graph, end = self._graph(config, heads, layers, places[-1].stop if places else 0)
+            places.append(range(places[-1].stop if places else 0, end))
+            yield graph
+
+    def _graph(self, config: Any, heads: Heads, layers: nn.ModuleList, begin: int) -> tuple[Graph, int]:
+        """Layers from `begin` on, and where the next graph begins."""
         graph = Graph()
         x = graph.input("states", "B", "T", config.hidden_size)
         fed = Fed(graph.input("mask", "B1", 1, "RT", "CT"), graph.input("sizes", 2, dtype=torch.int64))
@@ -122,7 +127,7 @@ class DecoderOnly:
             layers[end] = nn.Identity()
             end += 1
         graph.output("hidden", x)
-        return Stack(graph.session(), heads, range(begin, end), turns=self.turns), end
+        return graph, end
 
 
 # Families

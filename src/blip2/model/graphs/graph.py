@@ -9,6 +9,8 @@ Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators
 import ctypes
 import mmap
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,17 @@ class Graph:
     def _name(self) -> str:
         self._count += 1
         return f"t{self._count}"
+
+
+def sessions(graphs: Iterable[Graph]) -> list[Any]:
+    """Of graphs that are written down one after the other: while one is written, the one before is made ready."""
+    with ThreadPoolExecutor(1) as pool:
+        made: list[Future[Any]] = []
+        for graph in graphs:
+            if made:
+                made[-1].result()  # two at most are there at once
+            made.append(pool.submit(graph.session))
+        return [future.result() for future in made]
 
 
 def _no_room(error: OSError) -> UserError:
