@@ -5,13 +5,14 @@ once       what the encoder gave            ─▶  keys and values of every dec
 decoder    states, masks, both kinds of keys and values  ─▶  all layers  ─▶  states, keys and values of the new tokens
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from blip2.model.graphs.feeds import added, causal, refuse, room_before, run, spread
-from blip2.model.graphs.graph import AT_ONCE, Graph
+from blip2.model.graphs.graph import AT_ONCE, Graph, sessions
 from blip2.model.graphs.layers import Fed, Heads, Known, attend, attend_to, in_heads, rms_norm
 from blip2.model.key_values import RoomyLayer
 
@@ -26,12 +27,17 @@ class T5:
     def replace(self, network: Any) -> None:
         """Puts graphs in the place of the layers, which are used up one by one."""
         heads = Heads(network.config.num_heads, network.config.num_heads, network.config.d_kv, 1.0)
-        for stack, kind in ((network.encoder, _EncoderStack), (network.decoder, _DecoderStack)):
+        width = network.config.d_model
+        for stack, write, kind in (
+            (network.encoder, _encoder_graphs, _EncoderStack),
+            (network.decoder, _decoder_graphs, _DecoderStack),
+        ):
             biases = stack.block[0].layer[0].SelfAttention
-            blocks: list[_EncoderStack | _DecoderStack] = []
-            while not blocks or blocks[-1].places.stop < len(stack.block):
-                begin = blocks[-1].places.stop if blocks else 0
-                blocks.append(kind(stack.block, begin, heads, biases, network.config.d_model))
+            places: list[range] = []
+            made = sessions(write(stack.block, heads, width, places))
+            each = len(made) // len(places)  # graphs of the same layers
+            parts = [made[i * each : (i + 1) * each] for i in range(len(places))]
+            blocks = [kind(heads, biases, some, *part) for some, part in zip(places, parts, strict=True)]
             stack.block = nn.ModuleList(blocks)
             for name in ("q", "k", "v", "o"):  # only the biases of positions are still asked of it
                 delattr(biases, name)
@@ -40,11 +46,11 @@ class T5:
 class _Stack(nn.Module):
     """Layers that follow each other, in the place of one."""
 
-    places: range
-
-    def __init__(self, heads: Heads, biases: Any) -> None:
+    def __init__(self, heads: Heads, biases: Any, places: range, session: Any, once: Any = None) -> None:
         super().__init__()
         self.heads = heads
+        self.places = places
+        self._session, self._once = session, once
         self._biases = [biases]  # no module of this one: each of several has it
 
     def position_bias(self, length: int, num_known: int) -> Tensor:
@@ -53,24 +59,6 @@ class _Stack(nn.Module):
 
 
 class _EncoderStack(_Stack):
-    def __init__(self, layers: nn.ModuleList, begin: int, heads: Heads, biases: Any, width: int) -> None:
-        super().__init__(heads, biases)
-        graph = Graph()
-        x, mask = graph.input("states", "B", "T", width), graph.input("mask", "B1", heads.num, "T", "T")
-        end = begin
-        while end < len(layers) and graph.num_bytes < AT_ONCE:
-            layer: Any = layers[end]
-            query, keys, values = _project(graph, layer.layer[0], x)
-            known = Known(*(in_heads(graph, states, heads.num, heads) for states in (keys, values)))
-            attended = attend_to(graph, query, known, mask, heads)
-            x = graph.node("Add", x, *graph.product(attended, layer.layer[0].SelfAttention.o))
-            x = _feed_forward(graph, layer.layer[1], x)
-            layers[end] = nn.Identity()
-            end += 1
-        graph.output("hidden", x)
-        self.places = range(begin, end)
-        self._session = graph.session()
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -89,36 +77,6 @@ class _EncoderStack(_Stack):
 
 
 class _DecoderStack(_Stack):
-    def __init__(self, layers: nn.ModuleList, begin: int, heads: Heads, biases: Any, width: int) -> None:
-        super().__init__(heads, biases)
-        graph, once = Graph(), Graph()
-        x, encoded = graph.input("states", "B", "T", width), once.input("encoded", "B", "S", width)
-        fed = Fed(graph.input("mask", "B1", heads.num, "T", "CT"), graph.input("sizes", 2, dtype=torch.int64))
-        seen = graph.input("seen", "B2", 1, 1, "S")
-        end = begin
-        while end < len(layers) and graph.num_bytes + once.num_bytes < AT_ONCE:
-            layer: Any = layers[end]
-            own, cross, mlp = layer.layer
-            shape = ("B", heads.num, "C", heads.width)
-            known = Known(graph.input(f"keys_{end}", *shape), graph.input(f"values_{end}", *shape))
-            attended, new = attend(graph, _project(graph, own, x), fed, heads, known)
-            x = graph.node("Add", x, *graph.product(attended, own.SelfAttention.o))
-            graph.output(f"new_keys_{end}", new.keys)
-            graph.output(f"new_values_{end}", new.values)
-            attention = cross.EncDecAttention
-            for name, states in zip(("keys", "values"), once.product(encoded, attention.k, attention.v), strict=True):
-                once.output(f"{name}_{end}", in_heads(once, states, heads.num, heads))
-            shape = ("B", heads.num, "S", heads.width)
-            known = Known(graph.input(f"seen_keys_{end}", *shape), graph.input(f"seen_values_{end}", *shape))
-            (query,) = graph.product(rms_norm(graph, cross.layer_norm, x), attention.q)
-            x = graph.node("Add", x, *graph.product(attend_to(graph, query, known, seen, heads), attention.o))
-            x = _feed_forward(graph, mlp, x)
-            layers[end] = nn.Identity()
-            end += 1
-        graph.output("hidden", x)
-        self.places = range(begin, end)
-        self._session, self._once = graph.session(), once.session()
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -199,3 +157,56 @@ def _feed_forward(graph: Graph, layer: Any, x: str) -> str:
     gate, up = graph.product(rms_norm(graph, layer.layer_norm, x), mlp.wi_0, mlp.wi_1)
     opened = graph.node("Mul", graph.node("Gelu", gate, approximate="tanh"), up)
     return graph.node("Add", x, *graph.product(opened, mlp.wo))
+
+
+def _encoder_graphs(layers: nn.ModuleList, heads: Heads, width: int, places: list[range]) -> Iterator[Graph]:
+    """Graphs of as many layers as are laid out at once; which these are is appended to `places`."""
+    end = 0
+    while end < len(layers):
+        begin, graph = end, Graph()
+        x, mask = graph.input("states", "B", "T", width), graph.input("mask", "B1", heads.num, "T", "T")
+        while end < len(layers) and graph.num_bytes < AT_ONCE:
+            layer: Any = layers[end]
+            query, keys, values = _project(graph, layer.layer[0], x)
+            known = Known(*(in_heads(graph, states, heads.num, heads) for states in (keys, values)))
+            attended = attend_to(graph, query, known, mask, heads)
+            x = graph.node("Add", x, *graph.product(attended, layer.layer[0].SelfAttention.o))
+            x = _feed_forward(graph, layer.layer[1], x)
+            layers[end] = nn.Identity()
+            end += 1
+        graph.output("hidden", x)
+        places.append(range(begin, end))
+        yield graph
+
+
+def _decoder_graphs(layers: nn.ModuleList, heads: Heads, width: int, places: list[range]) -> Iterator[Graph]:
+    """As `_encoder_graphs`, two for the same layers: of every step, and of what is computed once."""
+    end = 0
+    while end < len(layers):
+        begin, graph, once = end, Graph(), Graph()
+        x, encoded = graph.input("states", "B", "T", width), once.input("encoded", "B", "S", width)
+        fed = Fed(graph.input("mask", "B1", heads.num, "T", "CT"), graph.input("sizes", 2, dtype=torch.int64))
+        seen = graph.input("seen", "B2", 1, 1, "S")
+        while end < len(layers) and graph.num_bytes + once.num_bytes < AT_ONCE:
+            layer: Any = layers[end]
+            own, cross, mlp = layer.layer
+            shape = ("B", heads.num, "C", heads.width)
+            known = Known(graph.input(f"keys_{end}", *shape), graph.input(f"values_{end}", *shape))
+            attended, new = attend(graph, _project(graph, own, x), fed, heads, known)
+            x = graph.node("Add", x, *graph.product(attended, own.SelfAttention.o))
+            graph.output(f"new_keys_{end}", new.keys)
+            graph.output(f"new_values_{end}", new.values)
+            attention = cross.EncDecAttention
+            for name, states in zip(("keys", "values"), once.product(encoded, attention.k, attention.v), strict=True):
+                once.output(f"{name}_{end}", in_heads(once, states, heads.num, heads))
+            shape = ("B", heads.num, "S", heads.width)
+            known = Known(graph.input(f"seen_keys_{end}", *shape), graph.input(f"seen_values_{end}", *shape))
+            (query,) = graph.product(rms_norm(graph, cross.layer_norm, x), attention.q)
+            x = graph.node("Add", x, *graph.product(attend_to(graph, query, known, seen, heads), attention.o))
+            x = _feed_forward(graph, mlp, x)
+            layers[end] = nn.Identity()
+            end += 1
+        graph.output("hidden", x)
+        places.append(range(begin, end))
+        yield graph
+        yield once
