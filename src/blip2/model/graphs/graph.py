@@ -184,8 +184,8 @@ def sessions(graphs: Iterable[Graph]) -> list[Any]:
 
 def _no_room(error: OSError) -> UserError:
     return UserError(
-        f"Weights could not be laid out in a temporary file ({error.strerror}). Up to a gigabyte is needed, and a fifth "
-        "of what the language model has on disk; the environment variable TMPDIR names another folder."
+        f"Weights could not be laid out in a temporary file ({error.strerror}). Up to a gigabyte is needed, and a "
+        "fifth of what the language model has on disk; the environment variable TMPDIR names another folder."
     )
 
 
