@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.model or args.work / "opt-2.7b"
     if not (folder / "config.json").is_file():
-        make(folder, "opt-2.7b", 1.0)
+        make(folder, "opt-2.7b", 1.0, args.device)
     contenders = [
         speed.Contender("blip2", str(folder), args.dtype, device=args.device),
         speed.Contender("transformers", str(folder), args.dtype, device=args.device),

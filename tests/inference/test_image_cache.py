@@ -5,7 +5,7 @@ import torch
 from parity.hf_checkpoints import PROMPTS, forgetful, made_on_first_use, pictures
 
 import blip2
-from blip2.inference.image_cache import ImageCache, digest
+from blip2.inference.image_cache import ImageCache, digest, digests, multilinear, secrets
 
 SPEAKING = ("blip2-opt", "blip2-t5", "instructblip-llama", "instructblip-t5")
 WAYS = ({}, {"num_beams": 4}, {"max_new_tokens": 5}, {"repetition_penalty": 1.5})
@@ -41,10 +41,45 @@ def test_the_least_recently_used_goes_when_the_bound_is_reached():
     assert len(cache) == 0 and cache.num_bytes == 0 and cache.get("a") is None
 
 
+def test_of_small_ones_the_number_is_bounded():
+    cache = ImageCache(max_entries=3)
+    for number in range(10):
+        cache.put(number, [torch.zeros(10)])
+    assert [number for number in range(10) if cache.get(number)] == [7, 8, 9] and cache.num_bytes == 120
+
+
 def test_a_digest_tells_contents_apart_and_nothing_else():
     a = torch.arange(12.0).reshape(3, 4)
     assert digest(a) == digest(a.t().contiguous().t())
     assert digest(a) != digest(a + 1e-6) and digest(a.bfloat16()) != digest(a)
+
+
+def test_each_row_has_the_digest_of_its_contents():
+    rows = torch.randn(3, 4, 5)
+    assert digests(rows) == [digest(row) for row in rows]
+
+
+def test_what_a_gpu_hashes_by_is_the_multilinear_sum():
+    rows = torch.randn(2, 3, 3)
+    found = multilinear(rows)
+    secret = secrets(10, rows.device).tolist()
+    for row, hashed in zip(rows.flatten(1).view(torch.int32).tolist(), found.tolist(), strict=True):
+        for numbers, one in zip(secret, hashed, strict=True):
+            total = (numbers[0] + sum(a * b for a, b in zip(row, numbers[1:], strict=True))) % 2**64
+            assert one % 2**32 == total >> 32
+
+
+def test_what_a_gpu_hashes_tells_single_bits_apart():
+    for values in (torch.randn(1, 33), torch.randn(1, 33).bfloat16()):  # also rows of an odd number of bytes each
+        raw = values.view(torch.int16)
+        seen = {tuple(multilinear(raw)[0].tolist())}
+        for place in range(raw.shape[1]):
+            for bit in (0, 7, 15):
+                other = raw.clone()
+                other[0, place] ^= torch.tensor(1 << bit).to(torch.int16)
+                seen.add(tuple(multilinear(other)[0].tolist()))
+        assert len(seen) == 1 + 3 * raw.shape[1]
+        assert torch.equal(multilinear(values), multilinear(values.clone()))
 
 
 @pytest.mark.parametrize("kind", SPEAKING)

@@ -39,13 +39,14 @@ PIECES = ("question", "answer", *(f" {word}" for word in "photo of question how 
 SIZES = {"opt-2.7b": ("blip2-opt", OPT), "flan-t5-xl": ("blip2-t5", FLAN_T5)}
 
 
-def make(folder: Path, size: str, layers: float = 1.0) -> Blip2Processor:
+def make(folder: Path, size: str, layers: float = 1.0, device: str = "cpu") -> Blip2Processor:
     """Writes a checkpoint of that size in Hugging Face's layout, in shards of 2 GB; gives its processor.
 
     Args:
         folder: where.
         size: one of SIZES.
         layers: share of the layers of both stacks.
+        device: where the weights are drawn, which a GPU does in a second.
     """
     kind, language = SIZES[size]
     language = {
@@ -66,7 +67,8 @@ def make(folder: Path, size: str, layers: float = 1.0) -> Blip2Processor:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = Blip2ForConditionalGeneration(config)
+        with torch.device(device):
+            model = Blip2ForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(torch.float32)
     for name, parameter in model.named_parameters():  # published starts are too small to tell pictures apart

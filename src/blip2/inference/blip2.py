@@ -25,14 +25,15 @@ from blip2.inference.decoding import (
     make_streamable,
 )
 from blip2.inference.generation import MOST_ROWS, Generator
-from blip2.inference.image_cache import ImageCache, digest
+from blip2.inference.image_cache import ImageCache, digests
+from blip2.inference.pixels import pixel_values
 from blip2.inference.presets import Manner, Preset, Task, manner
 from blip2.inference.retrieval import Match, Retriever
 from blip2.inference.stage1_losses import Stage1Batch, Stage1Losses, stage1_losses
 from blip2.model.stage1 import Text
 from blip2.model.vision import ImageEncoder
 from blip2.objectives.negatives import NegativeRule
-from blip2.preprocessing.images import ImageSource, ImageTransform, load_image
+from blip2.preprocessing.images import ImageSource, ImageTransform
 from blip2.preprocessing.prompts import question_prompt
 
 Images = ImageSource | Sequence[ImageSource]
@@ -281,9 +282,10 @@ class Blip2:
         """Frozen image features (B, N, Dv): what `retriever` and `generator` take."""
         rows, _ = _rows(images)
         features = []
+        device = self._device
         for some in self._batches(len(rows)):
-            pixel_values = self.transform.batch([load_image(image) for image in rows[some]])  # (B, 3, S, S)
-            features += self.features_of(pixel_values)
+            for pixels in pixel_values(rows[some], self.transform, device, reads_ahead=device.type != "cpu"):
+                features += self.features_of(pixels)
         return torch.stack(features)
 
     @torch.inference_mode()
@@ -292,12 +294,12 @@ class Blip2:
 
         What is in the cache, or there twice, is not computed again.
         """
-        device = next(self.vision_model.parameters()).device
-        keys = [digest(pixels) for pixels in pixel_values]
+        pixel_values = pixel_values.to(self._device)
+        keys = digests(pixel_values)
         known = {key: kept[0] for key in keys if (kept := self.image_cache.get(key))}
         new = {key: pixels for key, pixels in zip(keys, pixel_values, strict=True) if key not in known}
         if new:
-            computed = self.vision_model(torch.stack([*new.values()]).to(device))
+            computed = self.vision_model(torch.stack([*new.values()]))
             for key, features in zip(new, computed, strict=True):
                 known[key] = features.clone()  # of its own: not a view that keeps the whole batch alive
                 self.image_cache.put(key, [known[key]])
@@ -376,6 +378,11 @@ class Blip2:
         )
 
     # -- within ---------------------------------------------------------------------------------------------------
+    @property
+    def _device(self) -> torch.device:
+        """Where the image encoder computes."""
+        return next(self.vision_model.parameters()).device
+
     def _manner(self, preset: str, task: Task) -> Manner:
         return manner(preset, task, is_encoder_decoder=self.generator.language_model.is_encoder_decoder)
 

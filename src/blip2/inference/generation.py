@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from blip2.inference.answers import score_answers
-from blip2.inference.image_cache import ImageCache, digest
+from blip2.inference.image_cache import DEFAULT_ENTRIES, ImageCache, digests
 from blip2.inference.streaming import TextPieces
 from blip2.model.language import DecoderLM, LanguageModel, Prefix, Reading
+from blip2.model.recorded import Recorded
 from blip2.model.stage1 import Text
 from blip2.model.stage2 import Blip2Stage2
 from blip2.model.writing import Decoding, Writer, write
@@ -48,7 +49,8 @@ class Generator:
         self.tokenizer = tokenizer
         self.instruction_tokenizer = instruction_tokenizer
         self.max_text_tokens = max_text_tokens
-        self.image_cache = ImageCache()
+        self.image_cache = ImageCache(max_entries=2 * DEFAULT_ENTRIES)  # a picture has up to two
+        self._recorded = Recorded(self._see, most_rows=MOST_ROWS)
 
     @property
     def language_model(self) -> LanguageModel:
@@ -85,22 +87,29 @@ class Generator:
     def visual_prompt(self, image_features: Tensor, instructions: Sequence[str]) -> Tensor:
         """Soft visual prompts (B, Q, Dl) of image features (B, N, Dv); B instructions, unread if it is not aware."""
         told = instructions if self.reads_instructions else [""] * len(image_features)
-        keys = [("prompt", digest(features), text) for features, text in zip(image_features, told, strict=True)]
+        keys = [("prompt", seen, text) for seen, text in zip(digests(image_features), told, strict=True)]
         kept = [self.image_cache.get(key) for key in keys]
         new = [row for row, found in enumerate(kept) if found is None]
-        computed = iter(self.compute_visual_prompt(image_features[new], [told[row] for row in new]) if new else ())
+        computed = iter(self._recorded(*self._told(image_features[new], [told[row] for row in new])) if new else ())
         prompts = [found[0] if found else next(computed).clone() for found in kept]  # B of (Q, Dl)
         for row in new:
             self.image_cache.put(keys[row], [prompts[row]])
         return torch.stack(prompts)
 
     def compute_visual_prompt(self, image_features: Tensor, instructions: Sequence[str]) -> Tensor:
-        """As `visual_prompt`, but nothing is looked up or kept."""
+        """As `visual_prompt`, but nothing is looked up or kept, or replayed."""
+        return self._see(*self._told(image_features, instructions))
+
+    def _told(self, image_features: Tensor, instructions: Sequence[str]) -> tuple[Tensor, ...]:
+        """What `_see` takes."""
         image_features = image_features.to(self.model.query_tokens.dtype)
         if self.instruction_tokenizer is None:
-            return self.model.visual_prompt(image_features)
+            return (image_features,)
         batch = self.instruction_tokenizer.encode(instructions, self.max_text_tokens).to(image_features.device)
-        return self.model.visual_prompt(image_features, Text(batch.input_ids, batch.attention_mask))
+        return image_features, batch.input_ids, batch.attention_mask
+
+    def _see(self, image_features: Tensor, *instruction: Tensor) -> Tensor:
+        return self.model.visual_prompt(image_features, Text(*instruction) if instruction else None)
 
     @torch.inference_mode()
     def read(self, visual_prompt: Tensor, prompt: TextBatch) -> tuple[Reading, Tensor]:
@@ -108,7 +117,7 @@ class Generator:
         given = (visual_prompt, prompt.input_ids, prompt.attention_mask)
         if not isinstance(self.language_model, DecoderLM) or len(visual_prompt) > 1:
             return self.language_model.start(*given)
-        key = ("prefix", digest(visual_prompt))
+        key = ("prefix", *digests(visual_prompt))
         prefix = Prefix(self.image_cache.get(key) or ())
         started = self.language_model.start(*given, prefix=prefix)
         if prefix.keys_and_values:

@@ -53,7 +53,8 @@ def load(
         name: of a model here or on the Hugging Face hub, or the path of a model folder, ours or Hugging Face's, or of a
             .pth with the names of its frozen parts (see `find_model`).
         device: where it computes.
-        dtype: of the frozen parts. The trained parts are small and stay float32, as the paper keeps them.
+        dtype: of the frozen parts. The trained parts are small and stay float32, as the paper keeps them; on a GPU
+            whose frozen parts are in bfloat16 so is the Q-Former that speaks, which otherwise takes as long as the LLM.
         parts: which of "stage1" (to embed and match) and "generation" (to caption and answer) to load; None: all that
             the model has.
         device_map: spreads the language model over several places as accelerate does it ("auto": over all GPUs), the
@@ -192,7 +193,10 @@ class _Loader:
         )
         self._check(self.settings.vision, vision_model)
         self._lighten(vision_model, "int8", rounds_inputs=True)
-        return vision_model.to(self.device).eval()
+        vision_model.to(self.device).eval()
+        if self.device.type == "cuda":
+            vision_model.record()
+        return vision_model
 
     def retriever(self) -> Retriever:
         with torch.device("meta"):
@@ -214,6 +218,8 @@ class _Loader:
                 instruction_aware=settings.instruction_aware,
             )
         self._fill(model, "generation")
+        if self.device.type == "cuda" and self.dtype == torch.bfloat16:
+            model.to(self.dtype)
         model.language_model = language_model
         model.eval()
         instruction_tokenizer = self._text_tokenizer() if settings.instruction_aware else None

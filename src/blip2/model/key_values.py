@@ -39,6 +39,7 @@ class RoomyLayer(DynamicLayer):
     def put(self, keys: Tensor, values: Tensor) -> None:
         """Takes (B, H, L, Dh) in place of all it held."""
         self.keys, self.values, self._buffers = keys, values, None
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def cut(self, begin: int, end: int | None) -> None:
         """Keeps only the positions from `begin` to before `end`."""

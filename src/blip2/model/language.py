@@ -20,9 +20,12 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from blip2.model.drafting import Drafter
 from blip2.model.key_values import is_roomy, join_layers, make_cache
+from blip2.model.recorded import Recorded
 from blip2.model.replay import FixedStep, Replay
+from blip2.model.row_step import RowStep
 
 WORTH_TRIMMING = 16  # positions; fewer cost less than a copy
+MOST_PROMPTS = 16  # more are read no sooner where that is recorded
 
 
 @dataclass
@@ -142,6 +145,11 @@ def _stack(parts: Sequence[Tensor], *, right: bool = False) -> Tensor:
     return torch.cat([F.pad(part, (0, n) if right else (n, 0)) for part, n in zip(parts, short, strict=True)])
 
 
+def _states(cache: Any) -> list[Tensor]:
+    """Keys and values (B, H, L, Dh) of every layer in turn."""
+    return [states for layer in cache.layers for states in (layer.keys, layer.values)]
+
+
 def _in_one_piece(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The last positions of a prompt lie apart in memory. Of such an input PyTorch makes a batched product, which in
     bfloat16 on a CPU copies the whole matrix of the vocabulary for every row: 7 GB and 18 s for 128 rows of SmolLM2."""
@@ -167,12 +175,25 @@ class _FrozenLM(nn.Module):
         self._takes_logits_to_keep = "logits_to_keep" in taken
         self.replay: Replay | None = None
         self.drafter: Drafter | None = None
+        self._recorded: Recorded | None = None
 
     def replay_steps(self) -> bool:
-        """Has each token's step recorded and replayed from now on (see model/replay.py); false where it cannot be."""
-        if not self.is_encoder_decoder and Replay.can_take(self.model, takes_positions=self._takes_positions):
-            self.replay = Replay(self.model)
-        return self.replay is not None
+        """Has each token's step, and the reading of prompts, recorded and replayed from now on (model/replay.py).
+
+        Returns:
+            Whether steps can be; a GPU's work on an encoder-decoder's pictures and prompts is recorded in any case.
+        """
+        has_steps = not self.is_encoder_decoder and Replay.can_take(self.model, takes_positions=self._takes_positions)
+        if has_steps:
+            on_gpu = next(self.model.parameters()).device.type == "cuda"
+            self.replay = Replay(self.model, RowStep(self.model) if on_gpu and RowStep.can_take(self.model) else None)
+        if self.is_encoder_decoder or (has_steps and is_roomy(make_cache(self.model.config))):
+            self._recorded = Recorded(self._read, most_rows=MOST_PROMPTS)
+        return has_steps
+
+    def _read(self, *inputs: Tensor) -> Any:
+        """The part of `start` that can be recorded."""
+        raise NotImplementedError
 
     @property
     def width(self) -> int:
@@ -304,21 +325,46 @@ class DecoderLM(_FrozenLM):
             What was read, and (B, V) float32, the logits of the first new token.
         """
         visual = visual_prompt.to(self.model.dtype)
+        known = prefix.keys_and_values if prefix is not None else ()
+        if self._recorded is None:
+            reading, logits = self._start(visual, prompt_ids, prompt_mask, known)
+        else:
+            logits, mask, *states = self._recorded(visual, prompt_ids, prompt_mask, *known)
+            (states,) = states if len(states) == 1 else (states,)
+            cache = make_cache(self.model.config)
+            layers: list[Any] = cache.layers
+            for layer, keys, values in zip(layers, states[::2], states[1::2], strict=True):
+                layer.put(keys, values)
+            reading = Reading(cache, mask, prompt_ids.new_empty(len(mask), 0))
+        if prefix is not None and not known and is_roomy(reading.cache):
+            assert len(visual) == 1, "a prefix is that of one row"
+            prefix.keys_and_values = [state[:, :, : visual.shape[1]].clone() for state in _states(reading.cache)]
+        return reading, logits
+
+    def _start(
+        self, visual: Tensor, prompt_ids: Tensor, prompt_mask: Tensor, known: Sequence[Tensor]
+    ) -> tuple[Reading, Tensor]:
+        """As `start`, of a visual prompt in the LLM's dtype."""
         embeds, mask = _pad_left_of_all(visual, self.embed(prompt_ids), prompt_mask)
         cache = make_cache(self.model.config)
-        known = prefix.keys_and_values if prefix is not None else ()
         num_known = min(known[0].shape[2], embeds.shape[1] - 1) if known else 0  # the last gives the logits
         for layer, (keys, values) in enumerate(zip(known[::2], known[1::2], strict=True)):
             cache.update(keys[:, :, :num_known], values[:, :, :num_known], layer)
         reading = Reading(cache, mask, prompt_ids.new_empty(len(embeds), 0))
         new = embeds[:, num_known:]
-        logits = self._logits(reading, num_new=new.shape[1], inputs_embeds=new, is_first_iteration=True)
-        if prefix is not None and not known and is_roomy(cache):
-            assert len(visual) == 1, "a prefix is that of one row"
-            layers: list[Any] = cache.layers
-            states = [state for layer in layers for state in (layer.keys, layer.values)]
-            prefix.keys_and_values = [state[:, :, : visual.shape[1]].clone() for state in states]
-        return reading, logits
+        return reading, self._logits(reading, num_new=new.shape[1], inputs_embeds=new, is_first_iteration=True)
+
+    def _read(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What `_start` gives, as tensors: logits (B, V), mask (B, L), each layer's keys and values in turn.
+
+        Where these have one shape, they are one tensor (2 layers, B, H, L, Dh), which is copied at once.
+        """
+        visual, prompt_ids, prompt_mask, *known = inputs
+        reading, logits = self._start(visual, prompt_ids, prompt_mask, known)
+        states = _states(reading.cache)
+        if len({state.shape for state in states}) == 1:
+            states = [torch.stack(states)]
+        return logits, reading.mask, *states
 
 
 class EncoderDecoderLM(_FrozenLM):
@@ -349,14 +395,19 @@ class EncoderDecoderLM(_FrozenLM):
         Arguments and result as of `DecoderLM.start`; the start token counts as written.
         """
         embeds, mask = self._encoder_input(visual_prompt, prompt_ids, prompt_mask)
-        encoded = self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask, return_dict=True)
+        states = (self._recorded or self._read)(embeds, mask)
         cache = None
         if not getattr(self.model, "reads_all_each_step", False):
             caches = make_cache(self.model.config), make_cache(self.model.config)
             cache = EncoderDecoderCache(*caches)
         start = prompt_ids.new_full((len(embeds), 1), self.start_id)
-        reading = Reading(cache, torch.ones_like(start), start, Encoded(encoded.last_hidden_state, mask))
+        reading = Reading(cache, torch.ones_like(start), start, Encoded(states, mask))
         return reading, self._logits(reading)
+
+    def _read(self, *inputs: Tensor) -> Tensor:
+        """The encoder's result (B, N, Dl), of its input and that one's mask (B, N)."""
+        embeds, mask = inputs
+        return self.model.get_encoder()(inputs_embeds=embeds, attention_mask=mask, return_dict=True).last_hidden_state
 
     def _encoder_input(self, visual_prompt: Tensor, prompt_ids: Tensor, prompt_mask: Tensor) -> tuple[Tensor, Tensor]:
         visual = visual_prompt.to(self.model.dtype)

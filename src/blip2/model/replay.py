@@ -3,12 +3,15 @@
 A step at batch 1 is some thousand kernels of microseconds each, and launching them takes longer than running them.
 Here keys and values lie in buffers of a fixed length, the new token's place is a number on the device, the mask says
 what is filled: nothing changes shape between two tokens, so the whole step becomes a CUDA graph, one launch. Rows and
-lengths are rounded up to sizes of which each is recorded once, at its first use.
+lengths are rounded up to sizes of which each is recorded once, at its first use. The graph counts places and opens the
+mask itself, so that between two tokens nothing is sent to the GPU but the token.
 
     Reading.cache ── bind ──▶ a recorded step's buffers ── replayed for each token ── release ──▶ Reading.cache
                               (rows join, leave or change places: released, then bound again)
 """
 
+import logging
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,12 +19,16 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from blip2.model.key_values import RoomyLayer, is_roomy
+from blip2.model.recorded import Tape, record
+from blip2.model.row_step import RowStep
 
 if TYPE_CHECKING:
     from blip2.model.language import Reading
 
-LENGTHS = 128  # buffers are a multiple of this long
+LENGTHS = 64  # buffers are a multiple of this long
 MOST_ROWS = 256  # more are not replayed: launching is no longer what takes the time
+
+_logger = logging.getLogger(__name__)
 
 
 class _FixedLayer(DynamicLayer):
@@ -45,46 +52,73 @@ class FixedStep:
 
     Attributes:
         rows, length: the sizes it was made for; a reading may have fewer of both.
-        reading: the reading that is bound to it, if any.
-        num_filled: how many positions of it are read.
+        num_filled: how many positions of the bound reading are read.
     """
 
-    def __init__(self, model: Any, cache: DynamicCache, rows: int, length: int) -> None:
-        """Buffers shaped as `cache`'s layers, which is not changed; records the step."""
+    def __init__(
+        self, model: Any, cache: DynamicCache, rows: int, length: int, row_step: RowStep | None = None
+    ) -> None:
+        """Buffers shaped as `cache`'s layers, which is not changed; records the step.
+
+        Args:
+            model: the LLM.
+            cache: of a reading that is to be bound.
+            rows, length: how large the buffers are.
+            row_step: what reads a token of a single row in the model's place.
+        """
         layers: list[Any] = cache.layers
         device = layers[0].keys.device
         self.rows, self.length = rows, length
-        self.reading: Reading | None = None
         self.num_filled = 0
         self._model = model
-        self._token_ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self._positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
-        self._mask = torch.zeros(rows, 1, 1, length, dtype=torch.bool, device=device)
-        self._slot = torch.zeros(1, dtype=torch.long, device=device)
-        self._layers: list[_FixedLayer] = []
-        for layer in layers:
-            shape = (rows, layer.keys.shape[1], length)
-            keys, values = (states.new_zeros(*shape, states.shape[3]) for states in (layer.keys, layer.values))
-            self._layers.append(_FixedLayer(keys, values, self._slot))
-        self._cache = DynamicCache()
-        self._cache.layers.extend(self._layers)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._row_step = row_step if rows == 1 else None
+        self._reading: weakref.ref[Reading] | None = None
+        self._tape: Tape | None = None
         self._logits: Tensor | None = None
-        if device.type == "cuda":
-            self._record()
+        with torch.inference_mode(False), torch.no_grad():  # tensors that any mode may write to
+            self._token_ids = torch.zeros(rows, 1, dtype=torch.long, device=device)
+            self._positions = torch.zeros(rows, 1, dtype=torch.long, device=device)
+            self._slot = torch.zeros(1, dtype=torch.long, device=device)
+            self._hidden = torch.finfo(model.dtype).min
+            self._mask = torch.full((rows, 1, 1, length), self._hidden, dtype=model.dtype, device=device)
+            self._layers: list[_FixedLayer] = []
+            for layer in layers:
+                shape = (rows, layer.keys.shape[1], length)
+                keys, values = (states.new_zeros(*shape, states.shape[3]) for states in (layer.keys, layer.values))
+                self._layers.append(_FixedLayer(keys, values, self._slot))
+            self._cache = DynamicCache()
+            self._cache.layers.extend(self._layers)
+            if device.type == "cuda":
+                self._record()
+
+    def _record(self) -> None:
+        try:
+            self._tape, self._logits = record(self._forward)
+        except RuntimeError as error:
+            _logger.warning("A token's step cannot be recorded on this GPU and runs as it is: %s", error)
+
+    @property
+    def reading(self) -> "Reading | None":
+        """The reading that is bound to it; None also where nobody has that any more."""
+        return self._reading() if self._reading is not None else None
 
     def bind(self, reading: "Reading") -> None:
         """Takes a reading's keys and values over; whoever was bound gets its own back."""
-        if self.reading is not None:
-            self.reading.release()
-        rows, length = len(reading.mask), reading.cache.layers[0].keys.shape[2]
-        self._mask.zero_()
-        self._mask[:rows, 0, 0, :length] = reading.mask[:, :length].bool()
-        for own, layer in zip(self._layers, reading.cache.layers, strict=True):
+        if (bound := self.reading) is not None:
+            bound.release()
+        layers: list[RoomyLayer] = reading.cache.layers
+        rows, length = len(reading.mask), layers[0].keys.shape[2]
+        seen = reading.mask[:, :length]
+        self._mask.fill_(self._hidden)
+        self._mask[:rows, 0, 0, :length] = torch.where(seen.bool(), 0.0, self._hidden).to(self._mask.dtype)
+        self._positions[:rows, 0] = seen.sum(dim=1) - 1
+        self._slot.fill_(length - 1)
+        for own, layer in zip(self._layers, layers, strict=True):
             for buffer, states in ((own.keys, layer.keys), (own.values, layer.values)):
                 assert buffer is not None
                 buffer[:rows, :, :length] = states
-        self.reading, self.num_filled = reading, length
+            layer.put(layer.keys.new_empty(0), layer.values.new_empty(0))  # no second copy
+        self._reading, self.num_filled = weakref.ref(reading), length
         reading.bound = self
 
     def give_back(self) -> None:
@@ -96,23 +130,26 @@ class FixedStep:
         for own, layer in zip(self._layers, layers, strict=True):
             assert own.keys is not None and own.values is not None
             layer.put(own.keys[:rows, :, :length].clone(), own.values[:rows, :, :length].clone())
-        self.reading = reading.bound = None
+        self._reading = reading.bound = None
 
-    def run(self, token_ids: Tensor, mask: Tensor) -> Tensor:
-        """Logits (B, V) float32 after the tokens (B,), at the last position of the mask (B, L)."""
-        rows, place = len(token_ids), mask.shape[1] - 1
-        self.num_filled = place + 1
+    def run(self, token_ids: Tensor) -> Tensor:
+        """Logits (B, V) float32 after the tokens (B,), which are one position after what was read before."""
+        rows = len(token_ids)
         self._token_ids[:rows, 0] = token_ids
-        self._positions[:rows, 0] = mask.sum(dim=1) - 1
-        self._slot.fill_(place)
-        self._mask.index_fill_(3, self._slot, True)
-        if self._graph is None:
+        self.num_filled += 1
+        if self._tape is None:
             return self._forward()[:rows]
         assert self._logits is not None
-        self._graph.replay()
+        self._tape.replay()
         return self._logits[:rows].clone()
 
     def _forward(self) -> Tensor:
+        self._slot.add_(1)
+        self._positions.add_(1)
+        self._mask.index_fill_(3, self._slot, 0.0)
+        if self._row_step is not None:
+            states: list[Any] = [(layer.keys, layer.values) for layer in self._layers]
+            return self._row_step(self._token_ids, self._positions, self._slot, self._mask.flatten(), states)
         return (
             self._model(
                 input_ids=self._token_ids,
@@ -126,31 +163,32 @@ class FixedStep:
             .float()
         )
 
-    def _record(self) -> None:
-        self._mask[..., 0] = True
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries choose their kernels before anything is recorded
-                self._forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = self._forward()
-
 
 class Replay:
-    """The recorded steps of one LLM."""
+    """The recorded steps of one LLM.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        model: one that `can_take` says yes to.
+        row_step: what reads a token of a single row in its place.
+    """
+
+    def __init__(self, model: Any, row_step: RowStep | None = None) -> None:
         self._model = model
+        self._row_step = row_step
         self._steps: dict[tuple[int, int], FixedStep] = {}
 
     @staticmethod
     def can_take(model: Any, *, takes_positions: bool) -> bool:
-        """Whether a model's step can have a fixed shape: one attention that takes a ready mask, positions as given."""
+        """Whether a model's step can have a fixed shape: one attention that takes a ready mask, positions as given, and
+        nothing that the host must know of them."""
         config = model.config.get_text_config()
-        return takes_positions and config._attn_implementation == "sdpa" and not hasattr(model, "hf_device_map")
+        turns = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+        return (
+            takes_positions
+            and config._attn_implementation == "sdpa"
+            and turns not in ("dynamic", "longrope")
+            and not hasattr(model, "hf_device_map")
+        )
 
     def takes(self, reading: "Reading") -> bool:
         """Whether this reading's next step can be replayed."""
@@ -164,11 +202,11 @@ class Replay:
             reading.release()
             step = self._step(reading, length)
             step.bind(reading)
-        return step.run(token_ids, reading.mask)
+        return step.run(token_ids)
 
     def _step(self, reading: "Reading", length: int) -> FixedStep:
         rows = 1 << (len(reading.mask) - 1).bit_length()
         size = (rows, -(-length // LENGTHS) * LENGTHS)
         if size not in self._steps:
-            self._steps[size] = FixedStep(self._model, reading.cache, *size)
+            self._steps[size] = FixedStep(self._model, reading.cache, *size, self._row_step)
         return self._steps[size]

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from blip2.errors import UnknownModel
+from blip2.model.recorded import Recorded
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF_MEAN, HALF_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+MOST_RECORDED = 16  # pictures; a pass over more takes a GPU longer than launching it does
 
 
 class ImageEncoder(nn.Module):
@@ -54,6 +56,7 @@ class ImageEncoder(nn.Module):
         """
         super().__init__()
         self.is_exact = False
+        self._recorded: Recorded | None = None
         self.network = network.requires_grad_(False)
         self.name = name
         self.image_size = image_size
@@ -70,6 +73,13 @@ class ImageEncoder(nn.Module):
     def unfreeze(self) -> None:
         """Lets gradients through and into the weights, for fine-tuning; dropout stays asleep, as in LAVIS."""
         self.network.requires_grad_(True)
+
+    def record(self) -> None:
+        """Has passes over few pictures recorded and replayed from now on, where a GPU runs them (model/recorded.py).
+
+        The weights are to stay where they are then.
+        """
+        self._recorded = Recorded(self.encode, most_rows=MOST_RECORDED)
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode whatever is asked."""
@@ -91,7 +101,7 @@ class ImageEncoder(nn.Module):
         trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in self.network.parameters())
         with torch.set_grad_enabled(trains):
             if not self.is_exact:
-                return self.encode(pixel_values.to(self.dtype))
+                return (self._recorded or self.encode)(pixel_values.to(self.dtype))
             with torch.autocast(pixel_values.device.type, enabled=False):
                 return torch.cat([self.encode(one.to(self.dtype)) for one in pixel_values.split(1)]).float()
 

@@ -158,18 +158,23 @@ class Writer:
 
 def _choose(logits: Tensor, rows: Sequence[Row], stop_ids: Sequence[int]) -> Tensor:
     """The next token (B,) of every row; rows of one decoding are drawn together."""
+    decodings = dict.fromkeys(row.decoding for row in rows)
+    if len(decodings) == 1:
+        return _drawn(logits, rows, rows[0].decoding, stop_ids)
     token_ids = torch.empty(len(rows), dtype=torch.long, device=logits.device)
-    for decoding in dict.fromkeys(row.decoding for row in rows):
-        places = torch.tensor([i for i, row in enumerate(rows) if row.decoding == decoding], device=logits.device)
-        written = [[*rows[i].start_ids, *rows[i].token_ids] for i in places.tolist()]
-        num_new = [len(rows[i].token_ids) for i in places.tolist()]
-        scores = _processed(logits[places], written, num_new, decoding, stop_ids)
-        if decoding.do_sample:
-            drawn = torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
-        else:
-            drawn = scores.argmax(dim=-1)
-        token_ids[places] = drawn
+    for decoding in decodings:
+        chosen = [i for i, row in enumerate(rows) if row.decoding == decoding]
+        places = torch.tensor(chosen, device=logits.device)
+        token_ids[places] = _drawn(logits[places], [rows[i] for i in chosen], decoding, stop_ids)
     return token_ids
+
+
+def _drawn(logits: Tensor, rows: Sequence[Row], decoding: Decoding, stop_ids: Sequence[int]) -> Tensor:
+    written = [[*row.start_ids, *row.token_ids] for row in rows]
+    scores = _processed(logits, written, [len(row.token_ids) for row in rows], decoding, stop_ids)
+    if decoding.do_sample:
+        return torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
+    return scores.argmax(dim=-1)
 
 
 def _processed(
@@ -188,11 +193,14 @@ def _processed(
                 for words, row in zip(written, scores, strict=True)
             ]
         )
-    early = torch.tensor([count < decoding.min_new_tokens for count in num_new], device=scores.device)
-    if early.any():
-        stops = torch.zeros_like(scores, dtype=torch.bool)
-        stops[:, list(stop_ids)] = True
-        scores = scores.masked_fill(stops & early[:, None], -torch.inf)
+    early = [count < decoding.min_new_tokens for count in num_new]
+    if any(early):
+        stops = torch.tensor(list(stop_ids), device=scores.device)
+        without = scores.index_fill(1, stops, -torch.inf)
+        if all(early):
+            scores = without
+        else:
+            scores = torch.where(torch.tensor(early, device=scores.device)[:, None], without, scores)
     if decoding.do_sample:
         warp: Any = LogitsProcessorList()
         if decoding.temperature != 1.0:
