@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2.model.graphs.feeds import added, causal, refuse, room_before, run, spread
+from blip2.model.graphs.feeds import Before, added, causal, refuse, run
 from blip2.model.graphs.graph import AT_ONCE, Graph, sessions
-from blip2.model.graphs.layers import Fed, Heads, Known, attend, layer_norm, rms_norm
+from blip2.model.graphs.layers import Fed, Heads, attend, layer_norm, rms_norm
 
 
 class Stack(nn.Module):
@@ -26,7 +26,6 @@ class Stack(nn.Module):
         self._heads = heads
         self._places = places
         self._turns = turns
-        self._names = ["hidden", *(f"new_{kind}_{i}" for i in places for kind in ("keys", "values"))]
 
     def forward(
         self,
@@ -49,26 +48,16 @@ class Stack(nn.Module):
         """
         refuse(hidden_states)
         num_rows, length, _ = hidden_states.shape
-        layers: dict[int, Any] = dict.fromkeys(self._places)
-        if past_key_values is not None:
-            layers = {i: past_key_values.layers[i] for i in self._places}
-        before = {i: room_before(layer, num_rows, self._heads, length) for i, layer in layers.items()}
-        first = self._places[0]
-        room = before[first][0].shape[2]
-        num_known = layers[first].get_seq_length() if past_key_values is not None else 0
-        seen = causal(length, num_known) if attention_mask is None else attention_mask
-        mask = spread(added(seen), num_known, room).repeat(1, 1, self._heads.num // self._heads.num_shared, 1)
-        fed = {"states": hidden_states.float(), "mask": mask, "sizes": torch.tensor([room, length])}
+        before = Before(past_key_values, self._places, num_rows, self._heads, length)
+        seen = causal(length, before.num_known) if attention_mask is None else attention_mask
+        mask = added(seen).repeat(1, 1, self._heads.num // self._heads.num_shared, 1)
+        fed = {"states": hidden_states.float()} | before.fed(mask)
         if self._turns:
             assert position_embeddings is not None
             cosines, sines = (turned.float()[:, None] for turned in position_embeddings)
             fed |= {"cosines": cosines, "sines": sines}
-        for i, (keys, values) in before.items():
-            fed |= {f"keys_{i}": keys, f"values_{i}": values}
-        hidden, *new = run(self._session, self._names, fed)
-        if past_key_values is not None:
-            for i, keys, values in zip(self._places, new[::2], new[1::2], strict=True):
-                past_key_values.update(keys, values, i)
+        hidden, *new = run(self._session, ["hidden", *before.new_names], fed)
+        before.take_in(new)
         return hidden.to(hidden_states.dtype)
 
 
@@ -79,13 +68,13 @@ class DecoderOnly:
     Attributes:
         activation: the setting of the MLP's activation, and the one that `layer` writes down.
         heads: of a configuration.
-        layer: (graph, layer, x, fed, heads, known) -> x, new keys and values.
+        layer: (graph, layer, x, fed, heads, place) -> x.
         turns: positions by turning queries and keys.
     """
 
     activation: tuple[str, str]
     heads: Callable[[Any], Heads]
-    layer: Callable[..., tuple[str, Known]]
+    layer: Callable[..., str]
     turns: bool
 
     def fits(self, config: Any) -> bool:
@@ -104,57 +93,48 @@ class DecoderOnly:
 
     def _graphs(self, config: Any, heads: Heads, layers: nn.ModuleList, places: list[range]) -> Iterator[Graph]:
         """Of as many layers as are laid out at once; which these are is appended to `places`."""
-        while not places or places[-1].stop < len(layers):
-            graph, end = self._graph(config, heads, layers, places[-1].stop if places else 0)
-            places.append(range(places[-1].stop if places else 0, end))
+        end = 0
+        while end < len(layers):
+            begin, graph = end, Graph()
+            x = graph.input("states", "B", "T", config.hidden_size)
+            fed = Fed(graph.input("mask", "B1", 1, "RT", "CT"), graph.input("sizes", 2, dtype=torch.int64))
+            if self.turns:
+                names = [graph.input(name, "B2", 1, "T", heads.width) for name in ("cosines", "sines")]
+                fed = Fed(fed.mask, fed.sizes, (names[0], names[1]))
+            while end < len(layers) and graph.num_bytes < AT_ONCE:
+                x = self.layer(graph, layers[end], x, fed, heads, end)
+                layers[end] = nn.Identity()
+                end += 1
+            graph.output("hidden", x)
+            places.append(range(begin, end))
             yield graph
-
-    def _graph(self, config: Any, heads: Heads, layers: nn.ModuleList, begin: int) -> tuple[Graph, int]:
-        """Layers from `begin` on, and where the next graph begins."""
-        graph = Graph()
-        x = graph.input("states", "B", "T", config.hidden_size)
-        fed = Fed(graph.input("mask", "B1", 1, "RT", "CT"), graph.input("sizes", 2, dtype=torch.int64))
-        if self.turns:
-            names = [graph.input(name, "B2", 1, "T", heads.width) for name in ("cosines", "sines")]
-            fed = Fed(fed.mask, fed.sizes, (names[0], names[1]))
-        end = begin
-        while end < len(layers) and graph.num_bytes < AT_ONCE:
-            shape = ("B", heads.num_shared, "C", heads.width)
-            known = Known(graph.input(f"keys_{end}", *shape), graph.input(f"values_{end}", *shape))
-            x, new = self.layer(graph, layers[end], x, fed, heads, known)
-            graph.output(f"new_keys_{end}", new.keys)
-            graph.output(f"new_values_{end}", new.values)
-            layers[end] = nn.Identity()
-            end += 1
-        graph.output("hidden", x)
-        return graph, end
 
 
 # Families
 
 
-def _opt_layer(graph: Graph, layer: Any, x: str, fed: Fed, heads: Heads, known: Known) -> tuple[str, Known]:
+def _opt_layer(graph: Graph, layer: Any, x: str, fed: Fed, heads: Heads, place: int) -> str:
     attention, first = layer.self_attn, layer.do_layer_norm_before
     normed = layer_norm(graph, layer.self_attn_layer_norm, x) if first else x
     states = graph.product(normed, attention.q_proj, attention.k_proj, attention.v_proj)
-    attended, new = attend(graph, states, fed, heads, known)
+    attended = attend(graph, states, fed, heads, place)
     x = graph.node("Add", x, *graph.product(attended, attention.out_proj))
     x = x if first else layer_norm(graph, layer.self_attn_layer_norm, x)
     normed = layer_norm(graph, layer.final_layer_norm, x) if first else x
     wide = graph.node("Relu", *graph.product(normed, layer.fc1))
     x = graph.node("Add", x, *graph.product(wide, layer.fc2))
-    return x if first else layer_norm(graph, layer.final_layer_norm, x), new
+    return x if first else layer_norm(graph, layer.final_layer_norm, x)
 
 
-def _llama_layer(graph: Graph, layer: Any, x: str, fed: Fed, heads: Heads, known: Known) -> tuple[str, Known]:
+def _llama_layer(graph: Graph, layer: Any, x: str, fed: Fed, heads: Heads, place: int) -> str:
     attention, mlp = layer.self_attn, layer.mlp
     normed = rms_norm(graph, layer.input_layernorm, x)
     states = graph.product(normed, attention.q_proj, attention.k_proj, attention.v_proj)
-    attended, new = attend(graph, states, fed, heads, known)
+    attended = attend(graph, states, fed, heads, place)
     x = graph.node("Add", x, *graph.product(attended, attention.o_proj))
     gate, up = graph.product(rms_norm(graph, layer.post_attention_layernorm, x), mlp.gate_proj, mlp.up_proj)
     opened = graph.node("Mul", graph.node("Mul", gate, graph.node("Sigmoid", gate)), up)
-    return graph.node("Add", x, *graph.product(opened, mlp.down_proj)), new
+    return graph.node("Add", x, *graph.product(opened, mlp.down_proj))
 
 
 def _opt_heads(config: Any) -> Heads:

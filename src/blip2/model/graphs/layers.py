@@ -49,26 +49,31 @@ class Known:
     values: str
 
 
-def attend(graph: Graph, states: list[str], fed: Fed, heads: Heads, known: Known) -> tuple[str, Known]:
+def attend(graph: Graph, states: list[str], fed: Fed, heads: Heads, place: int) -> str:
     """Attention over what is known and what is new, whose scores are put side by side: nothing that is known is copied.
 
     Args:
         states: queries, keys and values of the new tokens, (B, T, heads * Dh) each.
+        place: of the layer, by which its known keys and values are fed and its new ones (B, Hkv, T, Dh) fetched.
 
     Returns:
-        (B, T, H * Dh); new keys and values (B, Hkv, T, Dh).
+        (B, T, H * Dh).
     """
+    shape = ("B", heads.num_shared, "C", heads.width)
+    known = Known(graph.input(f"keys_{place}", *shape), graph.input(f"values_{place}", *shape))
     counts = (heads.num, heads.num_shared, heads.num_shared)
     query, keys, values = (in_heads(graph, x, count, heads) for x, count in zip(states, counts, strict=True))
     if fed.turning is not None:
         query, keys = (_turned(graph, x, heads.width, fed.turning) for x in (query, keys))
+    graph.output(f"new_keys_{place}", keys)
+    graph.output(f"new_values_{place}", values)
     query = graph.node("Reshape", query, graph.shape(0, heads.num_shared, -1, heads.width))  # (B, Hkv, H / Hkv * T, Dh)
     scores = [_scores(graph, query, some, heads) for some in (known.keys, keys)]
     weights = _weights(graph, graph.node("Concat", *scores, axis=3), fed.mask)
     on_known, on_new = graph.split(weights, fed.sizes, 2)
     attended = graph.node("Add", graph.node("MatMul", on_known, known.values), graph.node("MatMul", on_new, values))
     attended = graph.node("Reshape", attended, graph.shape(0, heads.num, -1, heads.width))  # (B, H, T, Dh)
-    return _together(graph, attended, heads), Known(keys, values)
+    return _together(graph, attended, heads)
 
 
 def attend_to(graph: Graph, query: str, known: Known, mask: str, heads: Heads) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2.model.graphs.feeds import added, causal, refuse, room_before, run, spread
+from blip2.model.graphs.feeds import Before, added, causal, refuse, run
 from blip2.model.graphs.graph import AT_ONCE, Graph, sessions
 from blip2.model.graphs.layers import Fed, Heads, Known, attend, attend_to, in_heads, rms_norm
 from blip2.model.key_values import RoomyLayer
@@ -92,49 +92,38 @@ class _DecoderStack(_Stack):
         (B, S, D), and its mask (B, 1, 1 or T, S); the cache of both attentions."""
         refuse(hidden_states)
         num_rows, length, _ = hidden_states.shape
-        caches = (None, None)
-        if past_key_values is not None:
-            caches = past_key_values.self_attention_cache, past_key_values.cross_attention_cache
-        layers = {i: None if caches[0] is None else caches[0].layers[i] for i in self.places}
-        before = {i: room_before(layer, num_rows, self.heads, length) for i, layer in layers.items()}
-        first = self.places[0]
-        room = before[first][0].shape[2]
-        num_known = 0 if caches[0] is None else caches[0].layers[first].get_seq_length()
-        bias = self.position_bias(length, num_known) if position_bias is None else position_bias
-        mask = bias.float() + added(causal(length, num_known) if attention_mask is None else attention_mask)
+        own = None if past_key_values is None else past_key_values.self_attention_cache
+        before = Before(own, self.places, num_rows, self.heads, length)
+        bias = self.position_bias(length, before.num_known) if position_bias is None else position_bias
+        mask = bias.float() + added(causal(length, before.num_known) if attention_mask is None else attention_mask)
         seen = torch.zeros(1, 1, 1, encoder_hidden_states.shape[1])
         if encoder_attention_mask is not None:
             seen = added(encoder_attention_mask)[:, :, :1]
-        fed = {"states": hidden_states.float(), "mask": spread(mask, num_known, room), "seen": seen}
-        fed["sizes"] = torch.tensor([room, length])
-        encoded = self._encoded(encoder_hidden_states, caches[1], past_key_values)
-        for i, (keys, values) in before.items():
-            fed |= {f"keys_{i}": keys, f"values_{i}": values}
-            fed |= {f"seen_keys_{i}": encoded[i][0], f"seen_values_{i}": encoded[i][1]}
-        names = [f"new_{kind}_{i}" for i in self.places for kind in ("keys", "values")]
-        hidden, *new = run(self._session, ["hidden", *names], fed)
-        if caches[0] is not None:
-            for i, keys, values in zip(self.places, new[::2], new[1::2], strict=True):
-                caches[0].update(keys, values, i)
+        fed = {"states": hidden_states.float(), "seen": seen} | before.fed(mask)
+        for i, (keys, values) in self._encoded(encoder_hidden_states, past_key_values).items():
+            fed |= {f"seen_keys_{i}": keys, f"seen_values_{i}": values}
+        hidden, *new = run(self._session, ["hidden", *before.new_names], fed)
+        before.take_in(new)
         return _as(hidden, hidden_states.dtype), bias, None
 
-    def _encoded(self, states: Tensor, cache: Any, both: Any) -> dict[int, tuple[Tensor, Tensor]]:
+    def _encoded(self, states: Tensor, caches: Any) -> dict[int, tuple[Tensor, Tensor]]:
         """Keys and values (B, H, S, Dh) of what the encoder gave; computed once where there is a cache."""
-        if both is not None and both.is_updated.get(self.places[0]):
-            return {i: (cache.layers[i].keys, cache.layers[i].values) for i in self.places}
+        layers = [] if caches is None else caches.cross_attention_cache.layers
+        if caches is not None and caches.is_updated.get(self.places[0]):
+            return {i: (layers[i].keys, layers[i].values) for i in self.places}
         names = [f"{kind}_{i}" for i in self.places for kind in ("keys", "values")]
         found = run(self._once, names, {"encoded": states.float()})
         encoded = dict(zip(self.places, zip(found[::2], found[1::2], strict=True), strict=True))
-        if both is None:
+        if caches is None:
             return encoded
         for i in self.places:
-            layer = cache.layers[i]
+            layer = layers[i]
             if isinstance(layer, RoomyLayer):
                 layer.lazy_initialization(*encoded[i])
                 layer.put(*encoded[i])  # no more will come, so no room is needed
             else:
                 layer.update(*encoded[i])
-            both.is_updated[i] = True
+            caches.is_updated[i] = True
         return encoded
 
 
@@ -190,12 +179,8 @@ def _decoder_graphs(layers: nn.ModuleList, heads: Heads, width: int, places: lis
         while end < len(layers) and graph.num_bytes + once.num_bytes < AT_ONCE:
             layer: Any = layers[end]
             own, cross, mlp = layer.layer
-            shape = ("B", heads.num, "C", heads.width)
-            known = Known(graph.input(f"keys_{end}", *shape), graph.input(f"values_{end}", *shape))
-            attended, new = attend(graph, _project(graph, own, x), fed, heads, known)
+            attended = attend(graph, _project(graph, own, x), fed, heads, end)
             x = graph.node("Add", x, *graph.product(attended, own.SelfAttention.o))
-            graph.output(f"new_keys_{end}", new.keys)
-            graph.output(f"new_values_{end}", new.values)
             attention = cross.EncDecAttention
             for name, states in zip(("keys", "values"), once.product(encoded, attention.k, attention.v), strict=True):
                 once.output(f"{name}_{end}", in_heads(once, states, heads.num, heads))
