@@ -31,7 +31,7 @@ def test_the_least_recently_used_goes_when_the_bound_is_reached():
     a, b, c = (torch.zeros(10) + i for i in range(3))  # 40 bytes each
     cache.put("a", [a])
     cache.put("b", [b])
-    assert cache.get("a") == (a,)  # now b is the older
+    assert torch.equal(cache.get("a")[0], a)  # now b is the older
     cache.put("c", [c])
     assert cache.get("b") is None and cache.get("a") is not None and cache.get("c") is not None
     assert cache.num_bytes == 80
@@ -52,6 +52,18 @@ def test_a_digest_tells_contents_apart_and_nothing_else():
     a = torch.arange(12.0).reshape(3, 4)
     assert digest(a) == digest(a.t().contiguous().t())
     assert digest(a) != digest(a + 1e-6) and digest(a.bfloat16()) != digest(a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_is_a_copy(dtype):
+    cache = ImageCache()
+    given = torch.randn(20, 40).to(dtype)[:, ::2]
+    expected = given.clone()
+    cache.put("a", [given])
+    given.zero_()
+    (kept,) = cache.get("a")
+    assert torch.equal(kept, expected) and kept.dtype == dtype and cache.num_bytes == kept.nbytes
+    assert kept.untyped_storage().nbytes() == kept.nbytes  # and keeps no larger tensor alive
 
 
 def test_each_row_has_the_digest_of_its_contents():

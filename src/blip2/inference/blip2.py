@@ -15,6 +15,7 @@ from torch import Tensor
 
 from blip2.checkpoints.native import PARTS, ModelSettings
 from blip2.errors import MissingPart, UserError
+from blip2.inference import heap
 from blip2.inference.answers import RankedAnswer, rank
 from blip2.inference.chat import Conversation
 from blip2.inference.decoding import (
@@ -65,6 +66,7 @@ class Blip2:
         self.vision_model = vision_model
         self.batch_size = batch_size
         self.image_cache = ImageCache()
+        self._num_encoded = 0  # since memory was given back
         self.transform = ImageTransform(settings.image_size, settings.image_mean, settings.image_std)
         self._retriever = retriever
         self._generator = generator
@@ -301,8 +303,12 @@ class Blip2:
         if new:
             computed = self.vision_model(torch.stack([*new.values()]))
             for key, features in zip(new, computed, strict=True):
-                known[key] = features.clone()  # of its own: not a view that keeps the whole batch alive
-                self.image_cache.put(key, [known[key]])
+                known[key] = features
+                self.image_cache.put(key, [features])
+            self._num_encoded += len(new)
+            if self._num_encoded >= heap.PICTURES:
+                self._num_encoded = 0
+                heap.give_back()
         return [known[key] for key in keys]
 
     def embed_images(self, images: Images) -> np.ndarray:

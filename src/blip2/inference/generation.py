@@ -91,7 +91,7 @@ class Generator:
         kept = [self.image_cache.get(key) for key in keys]
         new = [row for row, found in enumerate(kept) if found is None]
         computed = iter(self._recorded(*self._told(image_features[new], [told[row] for row in new])) if new else ())
-        prompts = [found[0] if found else next(computed).clone() for found in kept]  # B of (Q, Dl)
+        prompts = [found[0] if found else next(computed) for found in kept]  # B of (Q, Dl)
         for row in new:
             self.image_cache.put(keys[row], [prompts[row]])
         return torch.stack(prompts)

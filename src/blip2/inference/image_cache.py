@@ -5,7 +5,7 @@
     visual prompt               -> the LLM's keys and values over it   (nor the LLM over the picture's part)
 
 Keys are digests of contents, so the same picture is known again from another file, and another picture under the same
-name is not taken for it. The least recently used goes when a bound in bytes is reached.
+name is not taken for it. The least recently used goes when a bound is reached.
 """
 
 import hashlib
@@ -51,12 +51,12 @@ class ImageCache:
             return self._kept.get(key)
 
     def put(self, key: Hashable, tensors: Sequence[Tensor]) -> None:
-        """Keeps tensors, which must not be changed afterwards; what is larger than the bound is not kept at all."""
+        """Keeps copies of tensors; of what is larger than the bound none."""
         size = sum(tensor.nbytes for tensor in tensors)
         with self._lock:
             if size > self.max_bytes or key in self._kept:
                 return
-            self._kept[key] = tuple(tensors)
+            self._kept[key] = tuple(tensor.clone(memory_format=torch.contiguous_format) for tensor in tensors)
             self.num_bytes += size
             while self.num_bytes > self.max_bytes or len(self._kept) > self.max_entries:
                 _, gone = self._kept.popitem(last=False)

@@ -99,9 +99,8 @@ def join_layers(cache: Cache, other: Cache, *, right: bool = False) -> None:
 def _with_room(states: Tensor, length: int) -> Tensor:
     """A buffer for at least `length` positions that begins with `states`."""
     rows, heads, filled, width = states.shape
-    buffer = states.new_empty(rows, heads, -(-length // ROOM) * ROOM, width)
+    buffer = states.new_zeros(rows, heads, -(-length // ROOM) * ROOM, width)  # no weight of nan would be nan
     buffer[:, :, :filled] = states
-    buffer[:, :, filled:] = 0  # who reads it all gives this no weight, and no weight of nan is nan
     return buffer
 
 

@@ -34,7 +34,7 @@ class Prefix:
 
     Attributes:
         keys_and_values: of every layer in turn, each (1, H, Q, Dh); empty where it has not read it yet. `start`
-            fills it then, unless the LLM keeps only a window of what it read.
+            fills it then, with parts of what it holds itself, unless the LLM keeps only a window of what it read.
     """
 
     keys_and_values: Sequence[Tensor] = ()
@@ -338,7 +338,7 @@ class DecoderLM(_FrozenLM):
             reading = Reading(cache, mask, prompt_ids.new_empty(len(mask), 0))
         if prefix is not None and not known and is_roomy(reading.cache):
             assert len(visual) == 1, "a prefix is that of one row"
-            prefix.keys_and_values = [state[:, :, : visual.shape[1]].clone() for state in _states(reading.cache)]
+            prefix.keys_and_values = [state[:, :, : visual.shape[1]] for state in _states(reading.cache)]
         return reading, logits
 
     def _start(
