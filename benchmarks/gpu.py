@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --work build/gpu
 
 BLIP-2 OPT-2.7B with ViT-g in bfloat16, random weights in the published shapes, both sides with the same weights, in
-turns. One picture at a time, 16 and 64 in one call. The start (loading, and recording the LLM's steps) is told apart.
+turns. One picture at a time, 16 and 64 in one call. The start (loading, and recording the passes) is told apart, last.
 With `--model FOLDER` it takes any checkpoint in Hugging Face's layout; with `--device cpu` it runs without a GPU.
 """
 
@@ -35,6 +35,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a checkpoint in Hugging Face's layout instead of OPT-2.7B's size")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantize", nargs="*", default=[], help="ours with int8 or int4 weights, beside the others")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--batch", type=int, nargs="*", default=[16, 64])
@@ -46,25 +47,26 @@ def main() -> None:
         make(folder, "opt-2.7b", 1.0, args.device)
     contenders = [
         speed.Contender("blip2", str(folder), args.dtype, device=args.device),
+        *(speed.Contender("blip2", str(folder), args.dtype, bits, args.device) for bits in args.quantize),
         speed.Contender("transformers", str(folder), args.dtype, device=args.device),
     ]
     plan = speed.Plan(args.runs, args.tokens, tuple(args.batch))
     found = speed.compare(contenders, plan, lambda text: print(text, file=sys.stderr))
-    found["start"] = _start(folder, args)
     if args.model is None:
         found["limits, seconds a picture"] = {size: _limit(size, args) for size in (1, *args.batch)}
+    print(speed_report.as_text(found), flush=True)
+    found["start"] = _start(folder, args)
     speed_report.save(args.work / "gpu-results", found)
-    print(speed_report.as_text(found))
     told = ("start", "limits, seconds a picture")
     print(json.dumps({name: found[name] for name in told if name in found}, indent=1))
 
 
 def _start(folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds to load, to the first caption, in which steps are recorded, and to the second, in which they are not."""
+    """Seconds to load, and to each of the first captions: passes are recorded in some of them."""
     begin = time.perf_counter()
     model = blip2.load(folder, args.device, getattr(torch, args.dtype))
     taken = {"load": time.perf_counter() - begin}
-    for name, seed in (("first caption", 1), ("second caption", 2)):
+    for seed, name in enumerate(("first caption", "second caption", "third caption", "fourth caption"), 1):
         taken[name] = _seconds(model, seed, args)
     return taken
 

@@ -27,7 +27,7 @@ class _Rerun:
             own.copy_(new)
 
 
-def _rerun(function):
+def _rerun(function, device):
     results = function()
     return _Rerun(function, results), results
 
@@ -109,7 +109,7 @@ def test_what_may_not_be_recorded_runs_as_it_is():
 
 @torch.no_grad()
 def test_a_pass_that_cannot_be_recorded_goes_on_running_and_says_so_once(caplog):
-    def refuse(function):
+    def refuse(function, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     replayed = Recorded(lambda a, b: a + b, most_rows=8, device=DEVICE, recorder=refuse)

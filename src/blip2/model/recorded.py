@@ -35,27 +35,29 @@ class Tape(Protocol):
         """Computes the results anew from what the inputs hold now."""
 
 
-Recorder = Callable[[Callable[[], Any]], tuple[Tape, Any]]
+Recorder = Callable[[Callable[[], Any], torch.device], tuple[Tape, Any]]
 
 
-def record(function: Callable[[], Any]) -> tuple[Tape, Any]:
+def record(function: Callable[[], Any], device: torch.device) -> tuple[Tape, Any]:
     """Records what a function launches.
 
     Args:
         function: launches the same kernels on the same memory whenever it is called.
+        device: the GPU that they run on.
 
     Returns:
         The graph, and what the function returned: a replay puts its results in the same tensors.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # libraries choose their kernels before anything is recorded
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
-        results = function()
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # libraries choose their kernels before anything is recorded
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
+            results = function()
     return graph, results
 
 
@@ -138,7 +140,7 @@ class Recorded:
         try:
             with torch.inference_mode(False), torch.no_grad():  # tensors that any mode may write to
                 own = [tensor.clone(memory_format=torch.contiguous_format) for tensor in inputs]
-                tape, results = self._recorder(lambda: self._function(*own))
+                tape, results = self._recorder(lambda: self._function(*own), own[0].device)
         except RuntimeError as error:
             self._is_recordable = False
             name = getattr(self._function, "__qualname__", "a function")

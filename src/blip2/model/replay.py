@@ -93,7 +93,7 @@ class FixedStep:
 
     def _record(self) -> None:
         try:
-            self._tape, self._logits = record(self._forward)
+            self._tape, self._logits = record(self._forward, self._mask.device)
         except RuntimeError as error:
             _logger.warning("A token's step cannot be recorded on this GPU and runs as it is: %s", error)
 

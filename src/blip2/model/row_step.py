@@ -84,10 +84,11 @@ class RowStep:
             cosines, sines = self._decoder.rotary_emb(hidden, position)  # (1, 1, Dh) each
             turns = cosines[0, 0], sines[0, 0]
         hidden = hidden.flatten()
-        for layer, (keys, values) in zip(self._layers, states, strict=True):
-            hidden = self._through(layer, hidden, keys, values, slot, mask, turns)
-        logits = torch.empty(self._head.num_rows, dtype=torch.float32, device=hidden.device)
-        self._product(hidden, self._head, logits, norm=self._norm)
+        with torch.cuda.device_of(hidden):  # Triton launches where it is told to
+            for layer, (keys, values) in zip(self._layers, states, strict=True):
+                hidden = self._through(layer, hidden, keys, values, slot, mask, turns)
+            logits = torch.empty(self._head.num_rows, dtype=torch.float32, device=hidden.device)
+            self._product(hidden, self._head, logits, norm=self._norm)
         return logits[None]
 
     def _through(
