@@ -79,6 +79,7 @@ def test_what_a_gpu_hashes_by_is_the_multilinear_sum():
         for numbers, one in zip(secret, hashed, strict=True):
             total = (numbers[0] + sum(a * b for a, b in zip(row, numbers[1:], strict=True))) % 2**64
             assert one % 2**32 == total >> 32
+    assert found.dtype == torch.int32
 
 
 def test_what_a_gpu_hashes_tells_single_bits_apart():

@@ -37,6 +37,11 @@ def test_replayed_passes_say_what_a_cpu_says(peers, kind, options):
             some = images[3 * number : 3 * number + 3]
             assert there.generate(some, prompt, **options) == here.generate(some, prompt, **options)
     assert there.vision_model._recorded._runs and there.generator._recorded._runs
+    language_model = there.generator.language_model
+    assert language_model._recorded._runs
+    if not language_model.is_encoder_decoder:
+        assert all(step._tape is not None for step in language_model.replay._steps.values())
+        assert language_model.replay._row_step is not None
 
 
 @pytest.mark.parametrize("kind", SPEAKING)
@@ -48,6 +53,23 @@ def test_requests_share_steps_and_say_what_they_say_alone(peers, kind):
     replies = [engine.submit(image, PROMPTS[i % 3]) for i, image in enumerate(images)]
     assert [reply.text() for reply in replies] == expected
     engine.close()
+
+
+@pytest.mark.parametrize("kind", ["blip2-opt", "instructblip-llama"])
+@pytest.mark.parametrize("bits", [None, "int8"])
+def test_in_bfloat16_most_words_are_those_of_the_plain_model(peers, kind, bits):
+    there = blip2.load(peers(kind).folder, "cuda", torch.bfloat16, quantize=bits)
+    plain = blip2.load(peers(kind).folder, "cuda", torch.bfloat16, quantize=bits)
+    plain.generator.language_model.replay = plain.generator.language_model._recorded = None
+    plain.vision_model._recorded = None
+    said = [[model.generate([image], PROMPTS[0])[0] for image in pictures(20)] for model in (there, plain)]
+    assert sum(one == other for one, other in zip(*said, strict=True)) >= 14
+
+
+def test_pixels_are_the_same_bits_as_on_a_cpu(peers):
+    transform = blip2.load(peers("blip2-opt").folder).transform
+    levels = torch.arange(256, dtype=torch.uint8).repeat(3, 1).T.reshape(1, 16, 16, 3)
+    assert torch.equal(transform.normalise(levels.cuda()).cpu(), transform.normalise(levels))
 
 
 def test_a_picture_is_known_again_and_others_are_not(peers):

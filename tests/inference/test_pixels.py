@@ -45,3 +45,12 @@ def test_a_broken_picture_among_them_is_told():
     images = [*pictures(3), b"no picture", *pictures(2)]
     with pytest.raises(BadImage):
         list(pixel_values(images, TRANSFORM, CPU, reads_ahead=True))
+
+
+def test_a_picture_that_is_there_twice_is_read_once(monkeypatch):
+    one, other = pictures(2)
+    read = []
+    monkeypatch.setattr(pixels, "load_image", lambda image: read.append(image) or image)
+    (found,) = pixel_values([one, other, one, one], TRANSFORM, CPU, reads_ahead=True)
+    assert len(read) == 2
+    assert torch.equal(found, torch.stack([TRANSFORM(image) for image in (one, other, one, one)]))

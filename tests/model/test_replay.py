@@ -98,3 +98,49 @@ def test_where_a_step_has_no_fixed_shape_it_is_not_replayed():
     eager = _llama()
     eager.config._attn_implementation = "eager"  # would add the mask's ones and zeros to its scores
     assert not replay.Replay.can_take(eager, takes_positions=True)
+
+
+def test_rows_that_nobody_reads_stay_within_the_models_positions():
+    language_model = make_language_model(_opt)
+    language_model.replay_steps()
+    first, *others = make_prompts(language_model)
+    prompts = [one[:3] for one in (first, *others)]  # a step of four rows
+    decoding = Decoding(max_new_tokens=8, min_new_tokens=8)
+    expected = None
+    for _ in range(12):  # more steps than the model has positions
+        said = write(language_model, *language_model.start(*prompts), decoding).tolist()
+        assert expected is None or said == expected
+        expected = said
+
+
+def test_without_a_compiler_a_single_row_is_read_by_the_model(monkeypatch, caplog):
+    class Broken:
+        def __call__(self, *inputs):
+            raise ValueError("no compiler")
+
+    def rerun(function, device):
+        return function, function()
+
+    monkeypatch.setattr(replay, "record", rerun)
+    language_model = make_language_model(_opt)
+    prompt = alone(make_prompts(language_model), 0, language_model)
+    reading, logits = language_model.start(*prompt)
+    plain, _ = language_model.start(*prompt)
+    newest = logits.argmax(dim=1)
+    with torch.no_grad():
+        step = replay.FixedStep(language_model.model, reading.cache, 1, 24, Broken())
+        step._record()
+        assert step.row_step is None and step._logits is not None and "no compiler" in caplog.text
+        step._tape = None  # from here on as without a GPU
+        step.bind(reading)
+        torch.testing.assert_close(step.run(newest), language_model.step(plain, newest))
+
+
+def test_of_steps_only_so_many_bytes_are_kept(monkeypatch):
+    language_model = make_language_model(_opt)
+    language_model.replay_steps()
+    monkeypatch.setattr(replay, "MOST_BYTES", 1)
+    for row in range(3):
+        started = language_model.start(*alone(make_prompts(language_model), row, language_model))
+        write(language_model, *started, Decoding(max_new_tokens=20, min_new_tokens=20))
+        assert len(language_model.replay._steps) == 1

@@ -306,7 +306,7 @@ class Blip2:
                 known[key] = features
                 self.image_cache.put(key, [features])
             self._num_encoded += len(new)
-            if self._num_encoded >= heap.PICTURES:
+            if self._num_encoded >= heap.PICTURES and self._device.type == "cpu":
                 self._num_encoded = 0
                 heap.give_back()
         return [known[key] for key in keys]

@@ -49,8 +49,8 @@ class Generator:
         self.tokenizer = tokenizer
         self.instruction_tokenizer = instruction_tokenizer
         self.max_text_tokens = max_text_tokens
-        self.image_cache = ImageCache(max_entries=2 * DEFAULT_ENTRIES)  # a picture has up to two
-        self._recorded = Recorded(self._see, most_rows=MOST_ROWS)
+        self.image_cache = ImageCache(max_entries=2 * DEFAULT_ENTRIES)  # a picture has two, or more with instructions
+        self._recorded = Recorded(self._see, weights=lambda: model.query_tokens, most_rows=MOST_ROWS)
 
     @property
     def language_model(self) -> LanguageModel:

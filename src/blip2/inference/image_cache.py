@@ -83,14 +83,14 @@ def digests(rows: Tensor) -> list[bytes]:
 
 
 def multilinear(rows: Tensor) -> Tensor:
-    """(B, 4) int64, each the upper half of a sum of a row's 32-bit words times secret numbers, modulo 2^64."""
+    """(B, 4) int32, each the upper half of a sum of a row's 32-bit words times secret numbers, modulo 2^64."""
     raw = rows.detach().flatten(1).contiguous().view(torch.uint8)
     words = torch.nn.functional.pad(raw, (0, -raw.shape[1] % 4)).view(torch.int32).long()  # (B, N)
     secret = secrets(words.shape[1] + 1, words.device)  # (4, 1 + N)
-    return torch.stack([(words * numbers[1:]).sum(dim=1).add_(numbers[0]) >> 32 for numbers in secret], dim=1)
+    return torch.stack([(words * numbers[1:]).sum(dim=1).add_(numbers[0]) >> 32 for numbers in secret], dim=1).int()
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def secrets(count: int, device: torch.device) -> Tensor:
     """Numbers (4, `count`) int64 that nobody knows outside of this process."""
     drawn = np.frombuffer(os.urandom(4 * count * 8), dtype=np.int64).reshape(4, count)

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -24,18 +23,27 @@ def pixel_values(
         transform: what makes pixels of a picture; how many bits it sends to the device is its own affair.
         device: where they go.
         reads_ahead: whether threads read the next pictures while the caller works on those that it has: right where
-            another processor does that work.
+            another processor does that work. An image that is there twice is read once.
 
     Raises:
         MissingFile, BadImage: as `load_image`.
     """
     if not reads_ahead or len(images) == 1:
-        yield _on_device([transform.resize(load_image(image)) for image in images], transform, device)
+        yield _on_device([_resized(image, transform) for image in images], transform, device)
         return
     with ThreadPoolExecutor(READERS, thread_name_prefix="blip2 pictures") as readers:
-        ready = readers.map(lambda image: transform.resize(load_image(image)), images)
-        while some := list(islice(ready, AT_ONCE)):
-            yield _on_device(some, transform, device)
+        distinct = {id(image): image for image in images}
+        reading = {key: readers.submit(_resized, image, transform) for key, image in distinct.items()}
+        try:
+            for first in range(0, len(images), AT_ONCE):
+                some = [reading[id(image)].result() for image in images[first : first + AT_ONCE]]
+                yield _on_device(some, transform, device)
+        finally:
+            readers.shutdown(cancel_futures=True)
+
+
+def _resized(image: ImageSource, transform: ImageTransform) -> Tensor:
+    return transform.resize(load_image(image))
 
 
 def _on_device(resized: Sequence[Tensor], transform: ImageTransform, device: torch.device) -> Tensor:

@@ -180,15 +180,18 @@ class _FrozenLM(nn.Module):
     def replay_steps(self) -> bool:
         """Has each token's step, and the reading of prompts, recorded and replayed from now on (model/replay.py).
 
+        The weights stay where they are from now on.
+
         Returns:
             Whether steps can be; a GPU's work on an encoder-decoder's pictures and prompts is recorded in any case.
         """
         has_steps = not self.is_encoder_decoder and Replay.can_take(self.model, takes_positions=self._takes_positions)
         if has_steps:
-            on_gpu = next(self.model.parameters()).device.type == "cuda"
-            self.replay = Replay(self.model, RowStep(self.model) if on_gpu and RowStep.can_take(self.model) else None)
+            has_kernels = RowStep.runs_on(next(self.model.parameters()).device) and RowStep.can_take(self.model)
+            self.replay = Replay(self.model, RowStep(self.model) if has_kernels else None)
         if self.is_encoder_decoder or (has_steps and is_roomy(make_cache(self.model.config))):
-            self._recorded = Recorded(self._read, most_rows=MOST_PROMPTS)
+            model = self.model
+            self._recorded = Recorded(self._read, weights=lambda: next(model.parameters()), most_rows=MOST_PROMPTS)
         return has_steps
 
     def _read(self, *inputs: Tensor) -> Any:
@@ -326,7 +329,7 @@ class DecoderLM(_FrozenLM):
         """
         visual = visual_prompt.to(self.model.dtype)
         known = prefix.keys_and_values if prefix is not None else ()
-        if self._recorded is None:
+        if self._recorded is None or len(visual) > MOST_PROMPTS:
             reading, logits = self._start(visual, prompt_ids, prompt_mask, known)
         else:
             logits, mask, *states = self._recorded(visual, prompt_ids, prompt_mask, *known)

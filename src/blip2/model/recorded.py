@@ -8,8 +8,10 @@ not be recorded (on a CPU, with gradients, of many rows) runs as it is.
     record       what both it and a token's step (replay.py) are recorded with
 """
 
+import inspect
 import logging
 import threading
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,14 +20,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-SEEN_BEFORE = 2  # times that a shape runs as it is before it is recorded: recording takes as long as some ten runs
+SEEN_BEFORE = 2  # times that a shape runs as it is before it is recorded
+SEEN_AGAIN = 20  # and once it was forgotten: recording takes as long as some ten runs
 MOST_SHAPES = 16  # kept of one function; the one that was not asked for longest is forgotten
+MOST_BYTES = 1 << 30  # of their inputs and results
 MOST_COUNTED = 1024  # shapes that are counted
 
 _logger = logging.getLogger(__name__)
-# Memory of what lies between input and result, by GPU: no two replays run at once. A graph holds it for as long as the
-# process lives, since a pool that was let go cannot be taken again.
-_pools: dict[int, tuple[Any, torch.cuda.CUDAGraph]] = {}
+
+# All graphs of a GPU share the memory of what lies between input and result, so no two may run at once: whoever records
+# or replays holds this, until the results are copied.
+replaying = threading.RLock()
 
 
 class Tape(Protocol):
@@ -38,6 +43,25 @@ class Tape(Protocol):
 Recorder = Callable[[Callable[[], Any], torch.device], tuple[Tape, Any]]
 
 
+@dataclass
+class _Studio:
+    """What all recordings of one GPU share.
+
+    Attributes:
+        stream: that they are made on; libraries keep memory for each.
+        pool: memory of what lies between input and result.
+        holder: a graph that keeps the pool: one that was let go cannot be taken again.
+    """
+
+    stream: Any
+    pool: Any
+    holder: Any
+
+
+_studios: dict[int, _Studio] = {}
+_broken: list[_Studio] = []  # a recording failed in them; other graphs live in their memory
+
+
 def record(function: Callable[[], Any], device: torch.device) -> tuple[Tape, Any]:
     """Records what a function launches.
 
@@ -47,28 +71,41 @@ def record(function: Callable[[], Any], device: torch.device) -> tuple[Tape, Any
 
     Returns:
         The graph, and what the function returned: a replay puts its results in the same tensors.
+
+    Raises:
+        RuntimeError: the function does what cannot be recorded; others can be recorded afterwards.
     """
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+    with replaying, torch.cuda.device(device):
+        studio = _studio()
+        before = torch.cuda.current_stream()
+        studio.stream.wait_stream(before)
+        with torch.cuda.stream(studio.stream):
             for _ in range(2):  # libraries choose their kernels before anything is recorded
                 function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=_pool(), capture_error_mode="thread_local"):
-            results = function()
-    return graph, results
+        before.wait_stream(studio.stream)
+        try:
+            return _captured(function, studio.stream, studio.pool)
+        except BaseException:
+            torch.cuda.set_stream(before)  # a recording that fails leaves its own behind
+            _broken.append(_studios.pop(torch.cuda.current_device()))
+            raise
 
 
-def _pool() -> Any:
+def _studio() -> _Studio:
     device = torch.cuda.current_device()
-    if device not in _pools:
-        holder = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(holder):
-            torch.zeros(1, device="cuda")
-        _pools[device] = holder.pool(), holder
-    return _pools[device][0]
+    if device not in _studios:
+        stream = torch.cuda.Stream()
+        pool = torch.cuda.graph_pool_handle()
+        holder, _ = _captured(lambda: torch.zeros(1, device="cuda"), stream, pool)
+        _studios[device] = _Studio(stream, pool, holder)
+    return _studios[device]
+
+
+def _captured(function: Callable[[], Any], stream: Any, pool: Any) -> tuple[Any, Any]:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        results = function()
+    return graph, results
 
 
 @dataclass
@@ -77,12 +114,19 @@ class _Run:
     inputs: Sequence[Tensor]
     results: Any  # a tensor or a tuple of tensors
 
+    @property
+    def num_bytes(self) -> int:
+        results = self.results if isinstance(self.results, tuple) else (self.results,)
+        return sum(tensor.nbytes for tensor in (*self.inputs, *results))
+
 
 class Recorded:
     """A function of tensors that gives a tensor or a tuple of tensors; see the module's docstring.
 
     Args:
-        function: of one value for the same inputs, with nothing that waits for the device.
+        function: of one value for the same inputs, with nothing that waits for the device. A method does not keep what
+            it belongs to alive.
+        weights: a tensor that the function reads: where it moves, what was recorded holds no longer.
         most_rows: inputs of more rows run as they are: launching is not what takes the time then.
         device: where it records.
         recorder: as `record`.
@@ -92,33 +136,35 @@ class Recorded:
         self,
         function: Callable[..., Any],
         *,
+        weights: Callable[[], Tensor],
         most_rows: int,
         device: str = "cuda",
         recorder: Recorder = record,
     ) -> None:
-        self._function = function
+        self._function, self._weights = _weakly(function), _weakly(weights)
         self._most_rows = most_rows
         self._device = device
         self._recorder = recorder
         self._runs: OrderedDict[Any, _Run] = OrderedDict()
         self._seen: Counter[Any] = Counter()
         self._is_recordable = True
-        self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> Any:
         """What the function gives of these inputs; the tensors are the caller's own."""
+        function = self._function()
         if not self._may_record(inputs):
-            return self._function(*inputs)
-        shapes = tuple((*tensor.shape, tensor.dtype, tensor.device) for tensor in inputs)
-        with self._lock:
-            run = self._runs.get(shapes) or self._recorded(shapes, inputs)
+            return function(*inputs)
+        weights = self._weights()()
+        shapes = (weights.data_ptr(), weights.dtype, *((*one.shape, one.dtype, one.device) for one in inputs))
+        with replaying:
+            run = self._runs.get(shapes) or self._recorded(function, shapes, inputs)
             if run is not None:
                 self._runs.move_to_end(shapes)
                 for own, given in zip(run.inputs, inputs, strict=True):
                     own.copy_(given)
                 run.tape.replay()
                 return _copied(run.results)
-        return self._function(*inputs)
+        return function(*inputs)
 
     def _may_record(self, inputs: Sequence[Tensor]) -> bool:
         first = inputs[0]
@@ -130,7 +176,7 @@ class Recorded:
             and not torch.is_autocast_enabled(first.device.type)
         )
 
-    def _recorded(self, shapes: Any, inputs: Sequence[Tensor]) -> _Run | None:
+    def _recorded(self, function: Callable[..., Any], shapes: Any, inputs: Sequence[Tensor]) -> _Run | None:
         """The run of these shapes, once they came often enough."""
         if len(self._seen) >= MOST_COUNTED:
             self._seen.clear()
@@ -140,16 +186,28 @@ class Recorded:
         try:
             with torch.inference_mode(False), torch.no_grad():  # tensors that any mode may write to
                 own = [tensor.clone(memory_format=torch.contiguous_format) for tensor in inputs]
-                tape, results = self._recorder(lambda: self._function(*own), own[0].device)
+                tape, results = self._recorder(lambda: function(*own), own[0].device)
+        except torch.OutOfMemoryError:
+            self._seen[shapes] = -SEEN_AGAIN
+            return None
         except RuntimeError as error:
             self._is_recordable = False
-            name = getattr(self._function, "__qualname__", "a function")
+            name = getattr(function, "__qualname__", "a function")
             _logger.warning("%s cannot be recorded on this GPU and runs as it is: %s", name, error)
             return None
-        if len(self._runs) >= MOST_SHAPES:
-            self._runs.popitem(last=False)
         self._runs[shapes] = _Run(tape, own, results)
+        while len(self._runs) > MOST_SHAPES or (len(self._runs) > 1 and self._num_bytes > MOST_BYTES):
+            gone, _ = self._runs.popitem(last=False)
+            self._seen[gone] = -SEEN_AGAIN
         return self._runs[shapes]
+
+    @property
+    def _num_bytes(self) -> int:
+        return sum(run.num_bytes for run in self._runs.values())
+
+
+def _weakly(function: Callable[..., Any]) -> Callable[[], Any]:
+    return weakref.WeakMethod(function) if inspect.ismethod(function) else lambda: function
 
 
 def _copied(results: Any) -> Any:

@@ -12,6 +12,7 @@ mask itself, so that between two tokens nothing is sent to the GPU but the token
 
 import logging
 import weakref
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +20,14 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from blip2.model.key_values import RoomyLayer, is_roomy
-from blip2.model.recorded import Tape, record
+from blip2.model.recorded import Tape, record, replaying
 from blip2.model.row_step import RowStep
 
 if TYPE_CHECKING:
     from blip2.model.language import Reading
 
 LENGTHS = 64  # buffers are a multiple of this long
+MOST_BYTES = 4 << 30  # of the buffers of all steps; those not asked for longest are forgotten
 MOST_ROWS = 256  # more are not replayed: launching is no longer what takes the time
 
 _logger = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class FixedStep:
     Attributes:
         rows, length: the sizes it was made for; a reading may have fewer of both.
         num_filled: how many positions of the bound reading are read.
+        row_step: what reads a token in the model's place, if anything does.
     """
 
     def __init__(
@@ -71,7 +74,7 @@ class FixedStep:
         self.rows, self.length = rows, length
         self.num_filled = 0
         self._model = model
-        self._row_step = row_step if rows == 1 else None
+        self.row_step = row_step if rows == 1 else None
         self._reading: weakref.ref[Reading] | None = None
         self._tape: Tape | None = None
         self._logits: Tensor | None = None
@@ -92,6 +95,13 @@ class FixedStep:
                 self._record()
 
     def _record(self) -> None:
+        if self.row_step is not None:
+            try:
+                self._tape, self._logits = record(self._forward, self._mask.device)
+                return
+            except Exception as error:  # of a compiler that is not there, or of one that is
+                _logger.warning("The kernels of a single row cannot be built here: %s", error)
+                self.row_step = None
         try:
             self._tape, self._logits = record(self._forward, self._mask.device)
         except RuntimeError as error:
@@ -110,6 +120,7 @@ class FixedStep:
         rows, length = len(reading.mask), layers[0].keys.shape[2]
         seen = reading.mask[:, :length]
         self._mask.fill_(self._hidden)
+        self._positions.zero_()  # also of rows that nobody reads: they count as well
         self._mask[:rows, 0, 0, :length] = torch.where(seen.bool(), 0.0, self._hidden).to(self._mask.dtype)
         self._positions[:rows, 0] = seen.sum(dim=1) - 1
         self._slot.fill_(length - 1)
@@ -117,6 +128,8 @@ class FixedStep:
             for buffer, states in ((own.keys, layer.keys), (own.values, layer.values)):
                 assert buffer is not None
                 buffer[:rows, :, :length] = states
+                if buffer.dtype == torch.float16:  # of what was there before no weight is nan, though it is 0
+                    buffer[:, :, length:] = 0
             layer.put(layer.keys.new_empty(0), layer.values.new_empty(0))  # no second copy
         self._reading, self.num_filled = weakref.ref(reading), length
         reading.bound = self
@@ -140,16 +153,22 @@ class FixedStep:
         if self._tape is None:
             return self._forward()[:rows]
         assert self._logits is not None
-        self._tape.replay()
-        return self._logits[:rows].clone()
+        with replaying:
+            self._tape.replay()
+            return self._logits[:rows].clone()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its keys and values."""
+        return sum(2 * layer.keys.nbytes for layer in self._layers if layer.keys is not None)
 
     def _forward(self) -> Tensor:
         self._slot.add_(1)
         self._positions.add_(1)
         self._mask.index_fill_(3, self._slot, 0.0)
-        if self._row_step is not None:
+        if self.row_step is not None:
             states: list[Any] = [(layer.keys, layer.values) for layer in self._layers]
-            return self._row_step(self._token_ids, self._positions, self._slot, self._mask.flatten(), states)
+            return self.row_step(self._token_ids, self._positions, self._slot, self._mask.flatten(), states)
         return (
             self._model(
                 input_ids=self._token_ids,
@@ -175,7 +194,7 @@ class Replay:
     def __init__(self, model: Any, row_step: RowStep | None = None) -> None:
         self._model = model
         self._row_step = row_step
-        self._steps: dict[tuple[int, int], FixedStep] = {}
+        self._steps: OrderedDict[tuple[int, int], FixedStep] = OrderedDict()
 
     @staticmethod
     def can_take(model: Any, *, takes_positions: bool) -> bool:
@@ -208,5 +227,10 @@ class Replay:
         rows = 1 << (len(reading.mask) - 1).bit_length()
         size = (rows, -(-length // LENGTHS) * LENGTHS)
         if size not in self._steps:
-            self._steps[size] = FixedStep(self._model, reading.cache, *size, self._row_step)
+            step = self._steps[size] = FixedStep(self._model, reading.cache, *size, self._row_step)
+            if rows == 1:
+                self._row_step = step.row_step  # None where the kernels could not be built
+            while len(self._steps) > 1 and sum(one.num_bytes for one in self._steps.values()) > MOST_BYTES:
+                self._steps.popitem(last=False)
+        self._steps.move_to_end(size)
         return self._steps[size]

@@ -42,10 +42,17 @@ class RowStep:
         self._scale: float = attention.scaling
 
     @staticmethod
+    def runs_on(device: torch.device) -> bool:
+        """Whether the kernels can be expected to run: on NVIDIA's GPUs since Ampere, with Triton."""
+        return (
+            device.type == "cuda"
+            and importlib.util.find_spec("triton") is not None
+            and torch.cuda.get_device_capability(device) >= (8, 0)
+        )
+
+    @staticmethod
     def can_take(model: Any) -> bool:
         """Whether a model is an OPT or a Llama of the usual kind whose products the kernels know."""
-        if importlib.util.find_spec("triton") is None:
-            return False
         config, decoder = model.config, model.get_decoder()
         if type(model) is OPTForCausalLM:
             is_usual = (
@@ -220,4 +227,6 @@ def _llama_layer(layer: Any) -> _Layer:
 def _are_alike(layers: Sequence[Any]) -> bool:
     """Whether layers that are read together have weights of one kind, and all a bias or none."""
     kinds = {(type(layer), getattr(layer.weight, "dtype", None), layer.bias is None) for layer in layers}
-    return len(kinds) == 1 and isinstance(layers[0], Linear)
+    first = layers[0]
+    is_known = type(first) is Int8Linear or (type(first) is nn.Linear and first.weight.is_floating_point())
+    return len(kinds) == 1 and is_known

@@ -77,9 +77,10 @@ class ImageEncoder(nn.Module):
     def record(self) -> None:
         """Has passes over few pictures recorded and replayed from now on, where a GPU runs them (model/recorded.py).
 
-        The weights are to stay where they are then.
+        Such an encoder cannot be copied or pickled.
         """
-        self._recorded = Recorded(self.encode, most_rows=MOST_RECORDED)
+        network = self.network
+        self._recorded = Recorded(self.encode, weights=lambda: next(network.parameters()), most_rows=MOST_RECORDED)
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode whatever is asked."""

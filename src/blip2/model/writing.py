@@ -195,7 +195,7 @@ def _processed(
         )
     early = [count < decoding.min_new_tokens for count in num_new]
     if any(early):
-        stops = torch.tensor(list(stop_ids), device=scores.device)
+        stops = torch.tensor(list(stop_ids), dtype=torch.long, device=scores.device)
         without = scores.index_fill(1, stops, -torch.inf)
         if all(early):
             scores = without

@@ -226,7 +226,7 @@ class ImageTransform:
         values = pixels.movedim(-1, -3).contiguous().float()
         mean = values.new_tensor(self.mean)[:, None, None]
         std = values.new_tensor(self.std)[:, None, None]
-        return values.div_(255).sub_(mean).div_(std)
+        return values.div_(values.new_tensor(255)).sub_(mean).div_(std)  # by a number a GPU would multiply
 
     def augment(
         self,
