@@ -15,8 +15,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from blip2.model.language import WORTH_TRIMMING, DecoderLM, EncoderDecoderLM
+from blip2.model.language import DecoderLM, EncoderDecoderLM
 from blip2.model.packed import PackedLinear, pack
+from blip2.model.reading import WORTH_TRIMMING
 from blip2.model.writing import Decoding, Writer, write
 
 VOCABULARY, WIDTH, NUM_ROWS = 60, 16, 6

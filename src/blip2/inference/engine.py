@@ -21,7 +21,7 @@ from torch import Tensor
 from blip2.errors import Busy, Closing
 from blip2.inference.blip2 import Blip2
 from blip2.inference.streaming import TextPieces
-from blip2.model.language import Reading
+from blip2.model.reading import Reading
 from blip2.model.writing import Decoding, Row, Writer, write
 from blip2.preprocessing.images import ImageSource, load_image
 

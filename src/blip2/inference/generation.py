@@ -13,7 +13,8 @@ from torch import Tensor
 from blip2.inference.answers import score_answers
 from blip2.inference.image_cache import DEFAULT_ENTRIES, ImageCache, digests
 from blip2.inference.streaming import TextPieces
-from blip2.model.language import DecoderLM, LanguageModel, Prefix, Reading
+from blip2.model.language import DecoderLM, LanguageModel
+from blip2.model.reading import Prefix, Reading
 from blip2.model.recorded import Recorded
 from blip2.model.stage1 import Text
 from blip2.model.stage2 import Blip2Stage2

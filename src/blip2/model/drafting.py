@@ -23,7 +23,7 @@ from blip2.model.low_bit_products import int4_product
 from blip2.model.packed import PackedLinear
 
 if TYPE_CHECKING:
-    from blip2.model.language import Reading
+    from blip2.model.reading import Reading
 
 LONGEST = 8  # guesses in a row: each is worth less than the one before it, for it needs all of them to be right
 WORTH_MAKING = 64  # steps of a single row, after which the copy has most likely been worth the second it takes to make

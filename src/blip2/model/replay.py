@@ -24,7 +24,7 @@ from blip2.model.recorded import Tape, record, replaying
 from blip2.model.row_step import RowStep
 
 if TYPE_CHECKING:
-    from blip2.model.language import Reading
+    from blip2.model.reading import Reading
 
 LENGTHS = 64  # buffers are a multiple of this long
 MOST_BYTES = 4 << 30  # of the buffers of all steps; those not asked for longest are forgotten

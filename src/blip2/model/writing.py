@@ -21,7 +21,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from blip2.model.language import LanguageModel, Reading
+from blip2.model.language import LanguageModel
+from blip2.model.reading import Reading
 
 NEVER = -1e9  # the score of a beam that must not be chosen
 
