@@ -8,19 +8,18 @@ from parity.hf_checkpoints import pictures
 
 from blip2.errors import BadImage
 from blip2.inference import pixels
-from blip2.inference.pixels import AT_ONCE, pixel_values
+from blip2.inference.pixels import AT_ONCE, batches
 from blip2.preprocessing.images import ImageTransform
 
 TRANSFORM = ImageTransform(28, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
-CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("count", [1, 2, AT_ONCE, 2 * AT_ONCE + 3])
 @pytest.mark.parametrize("reads_ahead", [False, True])
-def test_pixel_values_are_those_of_each_picture(count, reads_ahead):
+def test_pixels_are_those_of_each_picture(count, reads_ahead):
     images = pictures(count)
-    parts = list(pixel_values(images, TRANSFORM, CPU, reads_ahead=reads_ahead))
-    assert torch.equal(torch.cat(parts), torch.stack([TRANSFORM(image) for image in images]))
+    parts = list(batches(images, TRANSFORM, reads_ahead=reads_ahead))
+    assert torch.equal(torch.cat(parts), torch.stack([TRANSFORM.resize(image) for image in images]))
     assert len(parts) == (-(-count // AT_ONCE) if reads_ahead else 1)
 
 
@@ -33,7 +32,7 @@ def test_the_next_pictures_are_read_while_the_caller_works(monkeypatch):
         return image
 
     monkeypatch.setattr(pixels, "load_image", load)
-    parts = pixel_values(pictures(2 * AT_ONCE), TRANSFORM, CPU, reads_ahead=True)
+    parts = batches(pictures(2 * AT_ONCE), TRANSFORM, reads_ahead=True)
     next(parts)
     for _ in range(2 * AT_ONCE):  # also those of the second part, which nobody has asked for yet
         assert read.acquire(timeout=60)
@@ -44,13 +43,13 @@ def test_the_next_pictures_are_read_while_the_caller_works(monkeypatch):
 def test_a_broken_picture_among_them_is_told():
     images = [*pictures(3), b"no picture", *pictures(2)]
     with pytest.raises(BadImage):
-        list(pixel_values(images, TRANSFORM, CPU, reads_ahead=True))
+        list(batches(images, TRANSFORM, reads_ahead=True))
 
 
 def test_a_picture_that_is_there_twice_is_read_once(monkeypatch):
     one, other = pictures(2)
     read = []
     monkeypatch.setattr(pixels, "load_image", lambda image: read.append(image) or image)
-    (found,) = pixel_values([one, other, one, one], TRANSFORM, CPU, reads_ahead=True)
+    (found,) = batches([one, other, one, one], TRANSFORM, reads_ahead=True)
     assert len(read) == 2
-    assert torch.equal(found, torch.stack([TRANSFORM(image) for image in (one, other, one, one)]))
+    assert torch.equal(found, torch.stack([TRANSFORM.resize(image) for image in (one, other, one, one)]))

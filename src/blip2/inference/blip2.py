@@ -27,7 +27,7 @@ from blip2.inference.decoding import (
 )
 from blip2.inference.generation import MOST_ROWS, Generator
 from blip2.inference.image_cache import ImageCache, digests
-from blip2.inference.pixels import pixel_values
+from blip2.inference.pixels import batches
 from blip2.inference.presets import Manner, Preset, Task, manner
 from blip2.inference.retrieval import Match, Retriever
 from blip2.inference.stage1_losses import Stage1Batch, Stage1Losses, stage1_losses
@@ -284,24 +284,23 @@ class Blip2:
         """Frozen image features (B, N, Dv): what `retriever` and `generator` take."""
         rows, _ = _rows(images)
         features = []
-        device = self._device
         for some in self._batches(len(rows)):
-            for pixels in pixel_values(rows[some], self.transform, device, reads_ahead=device.type != "cpu"):
+            for pixels in batches(rows[some], self.transform, reads_ahead=self._device.type != "cpu"):
                 features += self.features_of(pixels)
         return torch.stack(features)
 
     @torch.inference_mode()
-    def features_of(self, pixel_values: Tensor) -> list[Tensor]:
-        """(N, Dv) of every row of `pixel_values` (B, 3, S, S), as `transform` makes them.
+    def features_of(self, pixels: Tensor) -> list[Tensor]:
+        """(N, Dv) of every row of `pixels` (B, S, S, 3), uint8, as `transform.resize` makes them.
 
         What is in the cache, or there twice, is not computed again.
         """
-        pixel_values = pixel_values.to(self._device)
-        keys = digests(pixel_values)
+        pixels = pixels.to(self._device)
+        keys = digests(pixels)
         known = {key: kept[0] for key in keys if (kept := self.image_cache.get(key))}
-        new = {key: pixels for key, pixels in zip(keys, pixel_values, strict=True) if key not in known}
+        new = {key: row for key, row in zip(keys, pixels, strict=True) if key not in known}
         if new:
-            computed = self.vision_model(torch.stack([*new.values()]))
+            computed = self.vision_model(self.transform.normalise(torch.stack([*new.values()])))
             for key, features in zip(new, computed, strict=True):
                 known[key] = features
                 self.image_cache.put(key, [features])

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from blip2.errors import Busy, Closing
 from blip2.inference.blip2 import Blip2
+from blip2.inference.pixels import resized
 from blip2.inference.streaming import TextPieces
 from blip2.model.reading import Reading
 from blip2.model.writing import Decoding, Row, Writer, write
-from blip2.preprocessing.images import ImageSource, load_image
+from blip2.preprocessing.images import ImageSource
 
 MOST_ROWS = 32
 Reason = Literal["stop", "length", "cancelled"]
@@ -35,7 +36,7 @@ Result = TypeVar("Result")
 class _Request:
     """What is asked, read as far as that needs no model."""
 
-    pixel_values: Tensor  # (3, S, S)
+    pixels: Tensor  # (S, S, 3), uint8
     prompt: str
     instruction: str
     decoding: Decoding
@@ -177,10 +178,10 @@ class Engine:
         decoding = decoding or Decoding()
         if decoding.num_return_sequences > 1:
             _ = self.model.retriever
-        pixel_values = self.model.transform.batch([load_image(image)])[0]
+        pixels = resized(image, self.model.transform)
         reply = Reply(TextPieces(self.generator.tokenizer.decode), deliver)
         told = prompt if instruction is None else instruction
-        request = _Request(pixel_values, prompt, told, decoding, reply)
+        request = _Request(pixels, prompt, told, decoding, reply)
         with self._changed:
             self.refuse_if_full()
             self._waiting.append(request)
@@ -287,7 +288,7 @@ class Engine:
 
     def _read(self, requests: list[_Request]) -> None:
         generator = self.generator
-        features = torch.stack(self.model.features_of(torch.stack([request.pixel_values for request in requests])))
+        features = torch.stack(self.model.features_of(torch.stack([request.pixels for request in requests])))
         visual_prompts = generator.visual_prompt(features, [request.instruction for request in requests])
         plain = [i for i, request in enumerate(requests) if _is_one_row(request.decoding)]
         for i in (i for i in range(len(requests)) if i not in plain):

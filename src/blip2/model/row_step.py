@@ -7,7 +7,7 @@ put side by side in memory, and the model's own layers see their parts of them.
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,81 @@ from transformers import LlamaForCausalLM, OPTForCausalLM
 from blip2.model.quantized import Int8Linear
 
 Linear = nn.Linear | Int8Linear
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one kind of LLM has its parts, by their names, and what differs between kinds.
+
+    Attributes:
+        attention_norm, mlp_norm: of a layer; `last_norm` of the decoder.
+        query_key_value, widening: products of a layer that read the same.
+        attended, narrowing: products of a layer whose results are added to what came in.
+        norms_centre: whether norms take the mean away and have a shift; `eps`: their attribute.
+        turns: positions by turning queries and keys, else by an embedding.
+        is_gated: whether the MLP is gated, with a SiLU; else it has a ReLU.
+        is_usual: of (configuration, decoder): whether it is what this says.
+    """
+
+    attention_norm: str
+    query_key_value: tuple[str, str, str]
+    attended: str
+    mlp_norm: str
+    widening: tuple[str, ...]
+    narrowing: str
+    last_norm: str
+    norms_centre: bool
+    eps: str
+    turns: bool
+    is_gated: bool
+    is_usual: Callable[[Any, Any], bool]
+
+    @property
+    def groups(self) -> list[tuple[str, ...]]:
+        """Products of a layer, in the order in which they are computed; those of a group read the same."""
+        return [self.query_key_value, (self.attended,), self.widening, (self.narrowing,)]
+
+
+def _is_usual_opt(config: Any, decoder: Any) -> bool:
+    return (
+        config.do_layer_norm_before
+        and config.activation_function == "relu"
+        and decoder.project_in is None
+        and decoder.final_layer_norm is not None
+        and config.layer_norm_elementwise_affine
+    )
+
+
+FAMILIES: dict[type[Any], Family] = {
+    OPTForCausalLM: Family(
+        attention_norm="self_attn_layer_norm",
+        query_key_value=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        attended="self_attn.out_proj",
+        mlp_norm="final_layer_norm",
+        widening=("fc1",),
+        narrowing="fc2",
+        last_norm="final_layer_norm",
+        norms_centre=True,
+        eps="eps",
+        turns=False,
+        is_gated=False,
+        is_usual=_is_usual_opt,
+    ),
+    LlamaForCausalLM: Family(
+        attention_norm="input_layernorm",
+        query_key_value=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        attended="self_attn.o_proj",
+        mlp_norm="post_attention_layernorm",
+        widening=("mlp.gate_proj", "mlp.up_proj"),
+        narrowing="mlp.down_proj",
+        last_norm="norm",
+        norms_centre=False,
+        eps="variance_epsilon",
+        turns=True,
+        is_gated=True,
+        is_usual=lambda config, _: config.hidden_act == "silu",
+    ),
+}
 
 
 class RowStep:
@@ -31,15 +106,13 @@ class RowStep:
         from blip2.model import row_kernels  # here, for Triton is where a GPU is
 
         self._kernels = row_kernels
+        self._family = FAMILIES[type(model)]
         self._embed = model.get_input_embeddings()
-        self._is_opt = isinstance(model, OPTForCausalLM)
-        decoder = model.get_decoder()
-        self._decoder = decoder
-        self._layers = [_opt_layer(layer) if self._is_opt else _llama_layer(layer) for layer in decoder.layers]
-        self._norm = decoder.final_layer_norm if self._is_opt else decoder.norm
+        self._decoder = model.get_decoder()
+        self._layers = [_Layer.of(layer, self._family) for layer in self._decoder.layers]
+        self._norm = self._decoder.get_submodule(self._family.last_norm)
         self._head = _Weights.of([model.get_output_embeddings()])
-        attention = decoder.layers[0].self_attn
-        self._scale: float = attention.scaling
+        self._scale: float = self._decoder.layers[0].self_attn.scaling
 
     @staticmethod
     def runs_on(device: torch.device) -> bool:
@@ -53,23 +126,11 @@ class RowStep:
     @staticmethod
     def can_take(model: Any) -> bool:
         """Whether a model is an OPT or a Llama of the usual kind whose products the kernels know."""
-        config, decoder = model.config, model.get_decoder()
-        if type(model) is OPTForCausalLM:
-            is_usual = (
-                config.do_layer_norm_before
-                and config.activation_function == "relu"
-                and decoder.project_in is None
-                and decoder.final_layer_norm is not None
-                and config.layer_norm_elementwise_affine
-            )
-            layers = [_opt_products(layer) for layer in decoder.layers]
-        elif type(model) is LlamaForCausalLM:
-            is_usual = config.hidden_act == "silu"
-            layers = [_llama_products(layer) for layer in decoder.layers]
-        else:
+        family, decoder = FAMILIES.get(type(model)), model.get_decoder()
+        if family is None or not family.is_usual(model.config, decoder):
             return False
-        groups = [*(group for layer in layers for group in layer), [model.get_output_embeddings()]]
-        return is_usual and all(map(_are_alike, groups))
+        groups = [_named(layer, names) for layer in decoder.layers for names in family.groups]
+        return all(map(_are_alike, [*groups, [model.get_output_embeddings()]]))
 
     def __call__(
         self, token_id: Tensor, position: Tensor, slot: Tensor, mask: Tensor, states: Sequence[tuple[Tensor, Tensor]]
@@ -84,12 +145,12 @@ class RowStep:
         """
         hidden = self._embed(token_id)[0]  # (1, D)
         turns = None
-        if self._is_opt:
-            places = self._decoder.embed_positions
-            hidden = hidden + places.weight[position[0] + places.offset]
-        else:
+        if self._family.turns:
             cosines, sines = self._decoder.rotary_emb(hidden, position)  # (1, 1, Dh) each
             turns = cosines[0, 0], sines[0, 0]
+        else:
+            places = self._decoder.embed_positions
+            hidden = hidden + places.weight[position[0] + places.offset]
         hidden = hidden.flatten()
         with torch.cuda.device_of(hidden):  # Triton launches where it is told to
             for layer, (keys, values) in zip(self._layers, states, strict=True):
@@ -112,8 +173,9 @@ class RowStep:
         attended = hidden.new_empty(layer.attended.num_columns)
         self._kernels.row_attention(heads, keys, values, slot, mask, attended, scale=self._scale, turns=turns)
         hidden = self._product(attended, layer.attended, residual=hidden)
-        wide = self._product(hidden, layer.widening, norm=layer.mlp_norm, is_rectified=self._is_opt)
-        before = self._kernels.PLAIN if self._is_opt else self._kernels.GATE
+        is_gated = self._family.is_gated
+        wide = self._product(hidden, layer.widening, norm=layer.mlp_norm, is_rectified=not is_gated)
+        before = self._kernels.GATE if is_gated else self._kernels.PLAIN
         return self._product(wide, layer.narrowing, residual=hidden, before=before)
 
     def _product(
@@ -129,12 +191,11 @@ class RowStep:
     ) -> Tensor:
         given: dict[str, Any] = {}
         if norm is not None:
-            before = self._kernels.LAYER_NORM if self._is_opt else self._kernels.RMS_NORM
-            given = (
-                {"gain": norm.weight, "shift": norm.bias, "eps": norm.eps} if self._is_opt else {"gain": norm.weight}
-            )
-            if not self._is_opt:
-                given["eps"] = norm.variance_epsilon
+            given = {"gain": norm.weight, "eps": getattr(norm, self._family.eps)}
+            before = self._kernels.RMS_NORM
+            if self._family.norms_centre:
+                given["shift"] = norm.bias
+                before = self._kernels.LAYER_NORM
         y = x.new_empty(weights.num_rows) if y is None else y
         self._kernels.row_product(
             x,
@@ -198,30 +259,15 @@ class _Layer:
     widening: _Weights
     narrowing: _Weights
 
-
-def _opt_products(layer: Any) -> list[list[Any]]:
-    attention = layer.self_attn
-    return [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.out_proj], [layer.fc1], [layer.fc2]]
-
-
-def _llama_products(layer: Any) -> list[list[Any]]:
-    attention, mlp = layer.self_attn, layer.mlp
-    return [
-        [attention.q_proj, attention.k_proj, attention.v_proj],
-        [attention.o_proj],
-        [mlp.gate_proj, mlp.up_proj],
-        [mlp.down_proj],
-    ]
+    @classmethod
+    def of(cls, layer: nn.Module, family: Family) -> "_Layer":
+        first, second, third, fourth = (_Weights.of(_named(layer, names)) for names in family.groups)
+        attention_norm, mlp_norm = _named(layer, (family.attention_norm, family.mlp_norm))
+        return cls(attention_norm, first, second, mlp_norm, third, fourth)
 
 
-def _opt_layer(layer: Any) -> _Layer:
-    first, second, third, fourth = map(_Weights.of, _opt_products(layer))
-    return _Layer(layer.self_attn_layer_norm, first, second, layer.final_layer_norm, third, fourth)
-
-
-def _llama_layer(layer: Any) -> _Layer:
-    first, second, third, fourth = map(_Weights.of, _llama_products(layer))
-    return _Layer(layer.input_layernorm, first, second, layer.post_attention_layernorm, third, fourth)
+def _named(layer: nn.Module, names: Sequence[str]) -> list[Any]:
+    return [layer.get_submodule(name) for name in names]
 
 
 def _are_alike(layers: Sequence[Any]) -> bool:
