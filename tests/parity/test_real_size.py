@@ -1,4 +1,4 @@
-"""At the published size, OPT-2.7B with ViT-g in bfloat16: the same features, prompts and words as transformers.
+"""At the published size, OPT-2.7B with ViT-g in bfloat16: transformers' features, prompts, logits and words.
 
 Random weights, since no checkpoint can be had without a hub; 7.8 GB on disk and as much in memory, a few minutes.
 """
@@ -19,6 +19,7 @@ from .real_sizes import make
 
 BYTES = 8_000_000_000
 NEW_TOKENS = 5
+ROUNDING = 0.125  # between two logits of about 4: four steps of bfloat16
 
 
 @pytest.mark.slow
@@ -41,7 +42,9 @@ def test_opt_2_7b_with_vit_g_gives_the_numbers_of_transformers(tmp_path):
     read = theirs.qformer(query_embeds=queries, encoder_hidden_states=seen).last_hidden_state
     visual_prompts = theirs.language_projection(read)
     told[inputs["input_ids"] == theirs.config.image_token_index] = visual_prompts.to(told.dtype).flatten(0, 1)
-    said = theirs.language_model.generate(inputs_embeds=told, attention_mask=mask, max_new_tokens=NEW_TOKENS)
+    told_all = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": NEW_TOKENS}
+    found = theirs.language_model.generate(inputs_embeds=told, attention_mask=mask, **told_all)
+    said, logits = found.sequences, torch.stack(found.logits, dim=1).float()  # (B, T), (B, T, V)
     del theirs
     gc.collect()
     ours = blip2.load(folder, dtype=torch.bfloat16)
@@ -52,9 +55,22 @@ def test_opt_2_7b_with_vit_g_gives_the_numbers_of_transformers(tmp_path):
     torch.testing.assert_close(prompts_here, visual_prompts, atol=1e-5, rtol=1e-5)
     assert (prompts_here[0] - prompts_here[1]).abs().max() > 0.01  # they see
     asked = ours.generator.tokenizer.encode_prompts(prompts)
-    started = ours.generator.language_model.start(prompts_here, asked.input_ids, asked.attention_mask)
-    words = write(ours.generator.language_model, *started, Decoding(max_new_tokens=NEW_TOKENS))
-    assert words.tolist() == said.tolist()
+    language_model = ours.generator.language_model
+    reading, first = language_model.start(prompts_here, asked.input_ids, asked.attention_mask)
+    after_theirs = [first, *(language_model.step(reading, token) for token in said.t()[:-1])]
+    torch.testing.assert_close(torch.stack(after_theirs, dim=1), logits, atol=ROUNDING, rtol=0)
+    assert logits.std() > 4 * ROUNDING
+    started = language_model.start(prompts_here, asked.input_ids, asked.attention_mask)
+    words = write(language_model, *started, Decoding(max_new_tokens=NEW_TOKENS))
+    num_same = 0
+    for ours_said, theirs_said, of_row in zip(words, said, logits, strict=True):
+        best, second = of_row.topk(2).values.unbind(1)
+        for word, expected, margin in zip(ours_said, theirs_said, best - second, strict=True):
+            if word != expected:  # padding lies elsewhere, so sums are rounded otherwise, and ties are broken otherwise
+                assert margin <= ROUNDING
+                break
+            num_same += 1
+    assert num_same >= NEW_TOKENS
 
 
 def raw_features(model, pixel_values):
