@@ -69,10 +69,10 @@ def test_a_very_long_animation_costs_what_its_first_frame_costs(hostile_server):
 def check_animations(server, count):
     before = memory()
     for name, data in animations(count).items():
-        begin = time.monotonic()
+        begin = time.process_time()
         status, _ = server.see(data) if len(data) * 4 // 3 < LIMITS.body_bytes else (400, None)
         assert status in (200, 400), name  # 200: the first frame
-        assert time.monotonic() - begin < 5
+        assert time.process_time() - begin < 5
     assert memory() - before <= 50_000_000
 
 
@@ -125,12 +125,12 @@ def test_a_hundred_thousand_changed_pictures_do_no_harm(hostile_server):
 
 def check_mutations(server, count, chance):
     good = list(seeds().values())
-    statuses, slowest = set(), 0.0
+    statuses, slowest = set(), 0.0  # seconds of the processor, whatever else the machine does; the server is a thread
     for i in range(count):
         data = mutated(good[i % len(good)], chance)
-        begin = time.monotonic()
+        begin = time.process_time()
         statuses.add(server.see(data)[0])
-        slowest = max(slowest, time.monotonic() - begin)
+        slowest = max(slowest, time.process_time() - begin)
     assert statuses == {200, 400}
     assert slowest < 10 if count < 1000 else slowest < 2
 
