@@ -14,7 +14,7 @@ import blip2
 from blip2.checkpoints import lavis, native
 from blip2.checkpoints.names import Names
 from blip2.cli.main import app
-from blip2.errors import BadData, MissingFile, MissingPart, Untrusted, UserError
+from blip2.errors import BadData, MissingFile, MissingPart, UnknownModel, Untrusted, UserError
 
 GOLDEN = Path(__file__).parents[1] / "parity" / "golden" / "lavis_stage1.safetensors"
 
@@ -124,8 +124,11 @@ def test_what_a_pth_cannot_say_has_to_be_given(tmp_path, stage1_pth, monkeypatch
     assert not (tmp_path / "x").exists()
 
 
-def test_two_parts_want_a_choice_and_what_a_text_start_holds_is_written_too(tmp_path):
+def test_two_parts_want_a_choice_and_what_a_text_start_holds_is_written_too(tmp_path, monkeypatch):
     tiny = make_tiny_model(tmp_path)
+    with pytest.raises(UnknownModel, match="4 heads for a width of 32"):
+        run(tiny.model, tmp_path / "x.pth", "--to", "lavis", "--part", "stage1")
+    monkeypatch.setattr(lavis, "HEAD_WIDTH", 8)
     with pytest.raises(MissingPart, match=r"one is converted. Add --part"):
         run(tiny.model, tmp_path / "x.pth", "--to", "lavis")
     assert not (tmp_path / "x.pth").exists()

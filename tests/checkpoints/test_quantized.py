@@ -87,6 +87,18 @@ def test_the_weights_take_a_fraction_of_the_room(peers, small):
         assert used == layer.weight.numel() * (1 / 2 + 4 / 32)  # bytes: four bits, and two bfloat16 for each 32
 
 
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_a_picture_that_is_known_changes_no_bit(peers, bits):
+    model = blip2.load(peers("blip2-opt").folder, quantize=bits)
+    generator, (image,) = model.generator, pictures(1)
+    visual = generator.visual_prompt(model.image_features(image), [""])
+    for text in ("Question: what ? Answer:", ""):
+        prompt = generator.tokenizer.encode_prompts([text])
+        generator.image_cache.clear()
+        new, known = (generator.read(visual, prompt)[1] for _ in range(2))
+        assert torch.equal(new, known)
+
+
 def test_a_retrieval_model_has_its_encoder_rounded(peers, tmp_path):
     folder = peers("blip2-retrieval").folder
     run("quantize", folder, tmp_path / "small", "--to", "int8")

@@ -163,6 +163,17 @@ def test_a_lone_quote_in_a_tab_separated_file_swallows_nothing(tmp_path):
     assert [fault.sample for fault in source.faults] == ["line 4"]
 
 
+def test_a_quote_that_is_not_closed_is_told_and_swallows_no_file(tmp_path):
+    rows = [f"{number}.jpg,a cat" for number in range(40)]
+    rows[5] = '5.jpg,"broken here'
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
+    with pytest.raises(BadData, match=r"t.csv, line 7: a quoted text goes on for 35 lines"):
+        open_source(str(tmp_path / "t.csv"))
+    rows[5] = '5.jpg,"a cat\non two lines"'
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
+    assert told(open_source(str(tmp_path / "t.csv")))[5] == ("5.jpg", ("a cat on two lines",))
+
+
 def test_names_that_lead_out_of_the_folder_are_bad_samples_and_nothing_else_is(tmp_path):
     folder = tmp_path / "set"
     put(folder, "good.jpg")

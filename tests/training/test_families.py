@@ -12,6 +12,7 @@ import blip2
 from blip2 import paths, registry
 from blip2.checkpoints import frozen, native
 from blip2.cli.main import app
+from blip2.errors import UserError
 from blip2.model.marian_ssru import MarianSsruConfig
 from blip2.preprocessing.prompts import CAPTION_PROMPT
 from blip2.training.build import build
@@ -118,6 +119,16 @@ def init(out, root, vision, language):
     result = CliRunner().invoke(app, ["init", *map(str, (out, *named))], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     return out
+
+
+def test_init_replaces_neither_a_model_nor_a_recipe(tmp_path):
+    for name in ("blip2.json", "stage1.yaml"):
+        folder = tmp_path / name.replace(".", "-")
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        result = CliRunner().invoke(app, ["init", str(folder), "--vision", "efficientnet-lite2", "--qformer", "mini"])
+        assert isinstance(result.exception, UserError) and "holds a model or its recipes" in str(result.exception)
+        assert (folder / name).read_text() == "mine"
 
 
 def learn(root, model, stage, tmp_path):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from blip2.errors import BadRecipe, UserError
-from blip2.training import state
+from blip2.training import loop, state
 from blip2.training.averages import RunningAverage
-from blip2.training.keeper import Best, Keeper, Mirror, better
+from blip2.training.keeper import Best, Keeper, Mirror, better, recall
 from blip2.training.loop import train
 from blip2.training.optimizer import build_optimizer
 
@@ -113,6 +113,65 @@ def test_the_best_evaluation_is_noted_and_kept_and_the_run_ends_when_it_gets_no_
     assert (summary.step, summary.finished) == (40, True)
     assert json.loads((tmp_path / "best.json").read_text()) == {"step": 20, "metric": "held_out/r1", "value": 0.4}
     assert state.find_checkpoint(tmp_path / "best").name == "step-000020"
+
+
+@pytest.mark.parametrize("checkpoint_every", [10, 4])
+@pytest.mark.parametrize("killed_at", [10, 20, 30, 40])
+def test_a_kill_between_an_evaluation_and_its_verdict_changes_no_end(
+    tmp_path, monkeypatch, killed_at, checkpoint_every
+):
+    class Killed(BaseException):
+        pass
+
+    settings = ["training.best_metric=held_out/r1", "training.early_stop=2", "training.steps=200"]
+    recipe = tiny_recipe(*settings, f"training.checkpoint_every={checkpoint_every}")
+    values, judge = [0.1, 0.4, 0.3, 0.4, 0.9], loop.Run._judge
+
+    def killed(self, metrics):
+        if self.counters.step == killed_at:
+            raise Killed
+        judge(self, metrics)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(loop.Run, "_judge", killed)
+        train(tiny_job(recipe, evaluators=[(10, scored(values))]), recipe, tmp_path)
+    start = state.step_of(state.newest_checkpoint(tmp_path))  # what was evaluated after it is evaluated anew
+    left = values[start // 10 :]
+    summary = train(tiny_job(recipe, evaluators=[(10, scored(left))]), recipe, tmp_path)
+    assert (summary.step, summary.finished) == (40, True)
+    assert state.find_checkpoint(tmp_path / "best").name == "step-000020"
+    again = train(tiny_job(recipe, evaluators=[(10, scored([]))]), recipe, tmp_path)
+    assert (again.step, again.finished) == (40, True)
+
+
+def test_the_best_is_noted_only_when_its_checkpoint_is_there(tmp_path, monkeypatch):
+    keeper = Keeper(tmp_path, keep=2)
+    keeper.save(snapshot(10), Best(10, "held_out/r1", 0.5))
+    keeper.wait()
+    write = state.write
+
+    def full(run_dir, taken):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state, "write", full)
+    keeper.save(snapshot(20), Best(20, "held_out/r1", 0.6))
+    with pytest.raises(OSError, match="No space"):
+        keeper.wait()
+    assert state.find_checkpoint(tmp_path / "best").name == "step-000010"
+    monkeypatch.setattr(state, "write", write)
+    keeper.save(snapshot(30), Best(30, "held_out/r1", 0.7))
+    keeper.close()
+    assert state.find_checkpoint(tmp_path / "best").name == "step-000030"
+
+
+def test_a_best_that_is_past_the_start_is_forgotten(tmp_path):
+    keeper = Keeper(tmp_path, keep=2)
+    keeper.save(snapshot(10), Best(10, "held_out/r1", 0.5))
+    keeper.close()
+    assert recall(tmp_path, "held_out/r1", [(5, 0.1), (10, 0.5), (15, 0.4)], 15) == (Best(10, "held_out/r1", 0.5), 1)
+    assert recall(tmp_path, "held_out/r1", [(5, 0.1)], 5) == (None, 0)
+    shutil.rmtree(state.checkpoint_path(tmp_path, 10))
+    assert recall(tmp_path, "held_out/r1", [(5, 0.1), (10, 0.5)], 10) == (None, 0)
 
 
 def test_a_metric_that_no_evaluation_gives_is_named(tmp_path):

@@ -76,8 +76,17 @@ def test_a_torn_checkpoint_is_ignored_and_the_one_before_taken(tmp_path, tear):
     TEARS[tear](newer)
     assert state.newest_checkpoint(tmp_path) == older
     assert state.find_checkpoint(tmp_path) == older
-    assert state.discard_after(tmp_path, 10) == [newer]
+    assert state.discard_after(tmp_path, 10) == [f"Removed {newer}: torn"]
     assert state.list_checkpoints(tmp_path) == [older]
+
+
+def test_a_newer_checkpoint_is_set_aside_and_not_lost(tmp_path):
+    older, newer = save(tmp_path, 10, 20)
+    (told,) = state.discard_after(tmp_path, 10)
+    aside = tmp_path / "set-aside" / newer.name
+    assert told == f"Set aside as {aside}: it is past the start"
+    assert state.list_checkpoints(tmp_path) == [older]
+    assert state.find_checkpoint(aside) == aside
 
 
 def test_a_torn_checkpoint_asked_for_by_name_is_refused(tmp_path):

@@ -99,7 +99,12 @@ def write_folder(bridge: Bridge, folder: Path) -> None:
 
 
 def write_lavis(bridge: Bridge, target: Path) -> None:
-    """Writes a .pth as LAVIS saves it. An image encoder that was fine-tuned goes into it too."""
+    """Writes a .pth as LAVIS saves it. An image encoder that was fine-tuned goes into it too.
+
+    Raises:
+        UnknownModel: what the format cannot tell, so that it would be read as another model.
+    """
+    lavis.check_can_hold(bridge.settings)
     vision = bridge.vision
     if OWN_VISION in bridge.folders:
         network = frozen.load_vision(str(bridge.folders[OWN_VISION])).network

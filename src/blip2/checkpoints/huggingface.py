@@ -31,6 +31,7 @@ from blip2.model.stage1 import INITIAL_TEMPERATURE, Blip2Stage1
 from blip2.model.vision import CLIP_MEAN, CLIP_STD
 
 QFORMER_TOKENIZER = "qformer_tokenizer"
+CONFIG_FILE = "config.json"
 EXTRAS = Path("blip2") / "extras.safetensors"
 GENERATION_NAMES = {
     "num_beams": "num_beams",
@@ -48,7 +49,7 @@ EXTRA_SETTINGS = ("prompts", "max_text_tokens", "stop")  # kept with them
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder holds a model in this layout."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") in BLIP2_TYPES
+        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("model_type") in BLIP2_TYPES
     except (OSError, ValueError, AttributeError):
         return False
 
@@ -77,7 +78,7 @@ def read_settings(folder: Path) -> ModelSettings:
         max_text_tokens=config.qformer_config.max_position_embeddings,
         prompts=original_prompts(is_instruct=is_instruct, is_encoder_decoder=config.text_config.is_encoder_decoder),
         generation=_generation(folder),
-        parts={part: PartFile(file="config.json", sha256="")},
+        parts={part: PartFile(file=CONFIG_FILE, sha256="")},
     )
     return replace(settings, **_extra_settings(folder))
 

@@ -6,7 +6,6 @@ everybody else leaves alone.
 """
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,8 +28,8 @@ from transformers import (
     InstructBlipQFormerConfig,
 )
 
-from blip2.checkpoints import frozen
-from blip2.checkpoints.huggingface import EXTRA_SETTINGS, EXTRAS
+from blip2.checkpoints import frozen, placing
+from blip2.checkpoints.huggingface import CONFIG_FILE, EXTRA_SETTINGS, EXTRAS, QFORMER_TOKENIZER
 from blip2.checkpoints.names import Names, unnamed
 from blip2.checkpoints.native import ModelSettings
 from blip2.errors import BadData, UnknownModel
@@ -41,6 +40,8 @@ from blip2.preprocessing.text import DEC_TOKEN
 VISION_TOWERS = ("Blip2VisionModel", "InstructBlipVisionModel")
 TOWER, POSITIONS = "vision_model.", "vision_model.embeddings.position_embedding"
 SHARD = "4GB"
+OWN_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")  # of files that such a folder may hold
+OWN_FOLDERS = (str(EXTRAS.parent), QFORMER_TOKENIZER)
 
 
 class _Language(NamedTuple):
@@ -60,7 +61,7 @@ def write(
     """Writes the folder beside its place and renames it.
 
     Args:
-        folder: where; replaced as a whole if it is there.
+        folder: where. Such a folder that is there is replaced; what it holds besides is kept.
         settings: of the bridge; its frozen parts are loaded by their names and stored with it.
         part: "stage1" or "generation".
         weights: the bridge's, by our names; stored as they are.
@@ -70,7 +71,9 @@ def write(
     Raises:
         UnknownModel: an image encoder or a way to compare that the layout has no place for; or a frozen part that is
             not to be had.
+        UserError: something else than such a folder is there.
     """
+    place = placing.checked_place(folder, CONFIG_FILE)
     if part == "stage1":
         _check_pooling(settings.qformer)
     vision = frozen.load_vision(settings.vision.name, dtype, image_size=settings.image_size)
@@ -89,15 +92,12 @@ def write(
     _fill(model, settings, vision, language, weights)
     if language is not None:
         _say_where_texts_end(model, settings, language)
-    beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = placing.beside(place)
     try:
         model.save_pretrained(beside, max_shard_size=SHARD)
         processor.save_pretrained(beside)
         _write_extras(beside, settings, weights)
-        if folder.exists():
-            shutil.rmtree(folder)
-        beside.rename(folder)
+        placing.put(beside, place, lambda name: name.endswith(OWN_SUFFIXES) or name in OWN_FOLDERS)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from blip2.checkpoints import eva
 from blip2.checkpoints.names import Names
-from blip2.checkpoints.native import Prompts
-from blip2.errors import BadData, MissingFile, Untrusted
+from blip2.checkpoints.native import ModelSettings, Prompts
+from blip2.errors import BadData, MissingFile, UnknownModel, Untrusted, UserError
 from blip2.model.config import QFormerConfig
 
 HEAD_WIDTH = 64  # of every published Q-Former; the weights alone do not tell
@@ -122,8 +122,25 @@ def write(
     try:
         torch.save({"model": state}, beside)
         beside.replace(path)
+    except RuntimeError as error:  # of torch's writer, which does not tell why
+        raise UserError(f"{path} could not be written. Most likely the disk is full.") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def check_can_hold(settings: ModelSettings) -> None:
+    """Raises UnknownModel where a model has what a .pth does not tell, so that it would be read as another one."""
+    config = settings.qformer
+    if config.hidden_size != config.num_attention_heads * HEAD_WIDTH:
+        raise UnknownModel(
+            f"This Q-Former has {config.num_attention_heads} heads for a width of {config.hidden_size}; LAVIS's format "
+            f"does not tell, and is read as heads of {HEAD_WIDTH}. Keep the model folder."
+        )
+    if (config.query_pooling, config.text_pooling) != ("max", "cls"):
+        raise UnknownModel(
+            f"This bridge compares images by query_pooling {config.query_pooling} and texts by text_pooling "
+            f"{config.text_pooling}; LAVIS knows max and cls only. Keep the model folder."
+        )
 
 
 def _state(path: Path) -> dict[str, Tensor]:

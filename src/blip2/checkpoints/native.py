@@ -11,7 +11,6 @@ training left them as its text initialisation had them: `from_text_init` lists w
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -23,12 +22,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from blip2.checkpoints import placing
 from blip2.errors import BadData, MissingPart, UnknownModel, Untrusted
 from blip2.model.config import QFormerConfig
 
 FORMAT = 1
 SETTINGS_FILE = "blip2.json"
 PARTS = {"stage1": "the retrieval part", "generation": "the generating part"}
+OWN_FOLDERS = ("vision", "language", "qformer_tokenizer")  # that a model folder may hold
 WITHIN = "./"  # begins the name of a frozen part that lies in the model folder itself
 FROZEN = ("vision_model.", "language_model.")
 
@@ -129,7 +130,7 @@ def save_model_folder(
 ) -> ModelSettings:
     """Writes the folder beside its place and renames it, so that a reader finds the old one or the new one, whole.
 
-    Files of an earlier folder that are not ours (a model card, say) are kept.
+    What an earlier model folder holds besides (a model card, say) is kept.
 
     Args:
         folder: where; its parents are made.
@@ -143,22 +144,20 @@ def save_model_folder(
 
     Raises:
         BadData: a weight is not finite in float16.
+        UserError: something else than a model is there.
     """
-    folder = Path(folder)
+    place = placing.checked_place(folder, SETTINGS_FILE)
     unknown = parts.keys() - PARTS.keys()
     assert not unknown, f"no such parts: {unknown}"
-    beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    beside = placing.beside(place)
     try:
         written = {name: _write_part(beside, name, state, halve=halve) for name, state in parts.items()}
         settings = replace(settings, parts=written)
-        _keep_other_files(folder, beside)
         for name, source in (folders or {}).items():
             shutil.copytree(source, beside / name)
         text = json.dumps(settings.to_dict(), indent=2, ensure_ascii=False) + "\n"
         (beside / SETTINGS_FILE).write_text(text, encoding="utf-8")
-        _swap(beside, folder)
+        placing.put(beside, place, _is_ours)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return settings
@@ -191,24 +190,8 @@ def _on_disk(name: str, tensor: Tensor) -> Tensor:
     return tensor.contiguous()
 
 
-def _keep_other_files(old: Path, new: Path) -> None:
-    ours = {SETTINGS_FILE, *(f"{name}.safetensors" for name in PARTS)}
-    for path in old.iterdir() if old.is_dir() else ():
-        if path.is_file() and path.name not in ours:
-            shutil.copy2(path, new / path.name)
-
-
-def _swap(new: Path, place: Path) -> None:
-    """Puts `new` at `place`; what was there goes once the new folder stands."""
-    for path in new.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    old = place.with_name(f".{place.name}.old-{os.getpid()}")
-    if place.exists():
-        place.rename(old)
-    new.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
+def _is_ours(name: str) -> bool:
+    return name in {SETTINGS_FILE, *OWN_FOLDERS, *(f"{part}.safetensors" for part in PARTS)}
 
 
 def read_settings(folder: Path | str) -> ModelSettings:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from blip2.checkpoints.mapped import CAN_LET_GO, MappedFile
-from blip2.errors import BadData, MissingFile, Untrusted
+from blip2.errors import BadData, MissingFile, Untrusted, UserError
 from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear
 
 MARK = "quantization.json"
@@ -56,7 +56,10 @@ def save(network: Any, bits: str, folder: Path) -> None:
             weights[name] = tensor.detach().cpu().contiguous()
         else:
             shared[name] = owner
-    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS} could not be written: {error}.") from error
     mark = {"format": FORMAT, "bits": bits, "shared": shared}
     (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
 

@@ -1,5 +1,6 @@
 """blip2 ask: a question about pictures, answered in free words or from a list."""
 
+import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,9 +9,10 @@ import typer
 
 from blip2.cli import inputs as pictures
 from blip2.cli import options
+from blip2.cli.inputs import PICTURE_SUFFIXES
 from blip2.cli.models import open_model
 from blip2.cli.output import ResultWriter, answer_all, is_bare
-from blip2.errors import UserError
+from blip2.errors import MissingFile, UserError
 
 
 def ask(
@@ -47,14 +49,16 @@ def ask(
     found = pictures.expand([file])
     if attention is not None and len(found) != 1:
         raise UserError(f"--attention draws over one picture, and there are {len(found)}. Give one.")
+    if attention is not None:
+        _check_drawable(attention)
+    seen: list[Any] = []
 
     @cache  # opened once there is a picture to ask about
     def opened() -> Any:
         return open_model(model, "generation", device=device, dtype=dtype, quantize=quantize, quiet=quiet)
 
     def answer(images: list[Any]) -> list[dict[str, Any]]:
-        if attention is not None:
-            _draw_attention(opened(), images[0], question, attention)
+        seen.extend(images)
         if given is None:
             return [
                 {"question": question, "answer": text}
@@ -63,7 +67,17 @@ def ask(
         return [_ranked(question, ranking) for ranking in opened().rank_answers(images, question, given)]
 
     writer = ResultWriter("answer", as_json=json, is_bare=is_bare(found))
-    raise typer.Exit(answer_all(found, answer, writer, batch_size=batch_size, quiet=quiet))
+    exit_code = answer_all(found, answer, writer, batch_size=batch_size, quiet=quiet)
+    if attention is not None and seen:  # once the answer is there: it is not lost where the map cannot be written
+        _draw_attention(opened(), seen[0], question, attention)
+    raise typer.Exit(exit_code)
+
+
+def _check_drawable(path: Path) -> None:
+    if path.suffix.lower() not in PICTURE_SUFFIXES:
+        raise UserError(f"--attention {path} names no kind of picture. Name it .png, for example.")
+    if not path.absolute().parent.is_dir():
+        raise MissingFile(f"The folder of {path} does not exist. Make it first.")
 
 
 def _draw_attention(model: Any, image: Any, question: str, path: Path) -> None:
@@ -72,7 +86,12 @@ def _draw_attention(model: Any, image: Any, question: str, path: Path) -> None:
     from blip2.preprocessing.images import load_image
 
     maps = attention_maps(model, model.image_features(image), question)  # (Q, rows, columns)
-    draw(load_image(image), maps.mean(dim=0)).save(path)
+    beside = path.with_name(f".{path.stem}.writing-{os.getpid()}{path.suffix}")
+    try:
+        draw(load_image(image), maps.mean(dim=0)).save(beside)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _answer_list(answers: str | None, chosen: dict[str, Any]) -> list[str] | None:

@@ -41,16 +41,20 @@ def convert(
     import torch
 
     from blip2.checkpoints import convert as formats
+    from blip2.checkpoints.huggingface import CONFIG_FILE
+    from blip2.checkpoints.native import SETTINGS_FILE
+    from blip2.checkpoints.placing import checked_place
     from blip2.inference.loading import find_model
 
     path = Path(source) if Path(source).exists() or source.endswith(".pth") else find_model(source)
     if target.exists() and path.resolve() == target.resolve():
         raise UserError(f"{target} would be written over what it is read from. Give another DST.")
+    place = target if to == "lavis" else checked_place(target, CONFIG_FILE if to == "hf" else SETTINGS_FILE)
     bridge = formats.read(path, source, formats.FrozenNames(vision, llm, text_init, image_size), part)
     if to == "lavis":
-        formats.write_lavis(bridge, target)
+        formats.write_lavis(bridge, place)
     elif to == "hf":
-        formats.write_hugging_face(bridge, target, getattr(torch, dtype))
+        formats.write_hugging_face(bridge, place, getattr(torch, dtype))
     else:
-        formats.write_folder(bridge, target)
+        formats.write_folder(bridge, place)
     print(target)

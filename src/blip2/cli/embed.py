@@ -1,7 +1,8 @@
 """blip2 embed: pictures and texts as vectors, in one .npz file."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,19 +33,23 @@ def embed(
     """
     _check_out(out)
     named, texts = _part(items)
-    images, paths, num_bad = _load(pictures.expand(named))
-    if not images and not texts:
+
+    @cache  # opened once there is something to embed
+    def opened() -> Any:
+        return open_model(model, "stage1", device=device, dtype=dtype, quantize=quantize, quiet=quiet)
+
+    paths, embeds, num_bad = _embed_images(opened, pictures.expand(named), batch_size, quiet)
+    if not paths and not texts:
         raise typer.Exit(2)
-    opened = open_model(model, "stage1", device=device, dtype=dtype, quantize=quantize, quiet=quiet)
     import numpy as np
 
     arrays: dict[str, Any] = {}
-    if images:
-        arrays |= {"image_paths": np.asarray(paths), "image_embeds": _embed_images(opened, images, batch_size, quiet)}
+    if paths:
+        arrays |= {"image_paths": np.asarray(paths), "image_embeds": np.concatenate(embeds)}
     if texts:
-        arrays |= {"texts": np.asarray(texts), "text_embeds": opened.embed_texts(texts)}
+        arrays |= {"texts": np.asarray(texts), "text_embeds": opened().embed_texts(texts)}
     _write(out, arrays)
-    note(f"{out}: {len(images)} pictures, {len(texts)} texts", quiet=quiet)
+    note(f"{out}: {len(paths)} pictures, {len(texts)} texts", quiet=quiet)
     raise typer.Exit(1 if num_bad else 0)
 
 
@@ -65,28 +70,28 @@ def _names_pictures(item: str) -> bool:
     return item == "-" or item.lower().endswith(PICTURE_SUFFIXES) or Path(item).exists()
 
 
-def _load(found: Sequence[Input]) -> tuple[list[Any], list[str], int]:
-    """The pictures that can be read, their paths, and how many cannot; those are listed."""
-    images, paths, num_bad = [], [], 0
-    for item in found:
-        try:
-            images.append(item.load())
-            paths.append(item.name)
-        except (BadImage, MissingFile) as error:
-            note(f"blip2: {error}")
-            num_bad += 1
-    return images, paths, num_bad
+def _embed_images(
+    opened: Callable[[], Any], found: Sequence[Input], batch_size: int, quiet: bool
+) -> tuple[list[str], list[Any], int]:
+    """The paths of the pictures that can be read, their vectors by batches, and how many cannot; those are listed.
 
-
-def _embed_images(opened: Any, images: list[Any], batch_size: int, quiet: bool) -> Any:
-    import numpy as np
-
-    embeds = []
-    with progress_bar(len(images), quiet=quiet) as bar:
-        for start in range(0, len(images), batch_size):
-            embeds.append(opened.embed_images(images[start : start + batch_size]))
-            bar.update(len(embeds[-1]))
-    return np.concatenate(embeds)
+    No more than a batch of pictures is in memory.
+    """
+    paths, embeds, num_bad = [], [], 0
+    waiting: list[Any] = []
+    with progress_bar(len(found), quiet=quiet) as bar:
+        for number, item in enumerate(found, start=1):
+            try:
+                waiting.append(item.load())
+                paths.append(item.name)
+            except (BadImage, MissingFile) as error:
+                note(f"blip2: {error}")
+                num_bad += 1
+            if waiting and (len(waiting) == batch_size or number == len(found)):
+                embeds.append(opened().embed_images(waiting))
+                waiting = []
+            bar.update(1)
+    return paths, embeds, num_bad
 
 
 def _write(out: Path, arrays: dict[str, Any]) -> None:

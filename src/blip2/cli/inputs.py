@@ -1,6 +1,8 @@
 """What people name on the command line -> the pictures meant: files, folders, globs, standard input."""
 
+import codecs
 import glob
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 from blip2.errors import BadImage, UserError
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp")
+JPEG = b"\xff\xd8"  # begins the only kind of picture that may hold no zero
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ def expand(arguments: Sequence[str]) -> list[Input]:
 
 
 def _expand_one(argument: str) -> Iterator[Input]:
+    if not argument:
+        raise UserError("One of the paths is empty. Name a picture, or . for all below this folder.")
     if argument == "-":
         yield from _from_standard_input(sys.stdin.buffer.read())
     elif Path(argument).is_dir():
@@ -63,18 +68,11 @@ def _is_picture_file(path: Path) -> bool:
 
 
 def _from_standard_input(data: bytes) -> Iterator[Input]:
-    """Paths, one a line, where the bytes are text; else they are a picture."""
+    """Paths, one a line, where the bytes are text; else they are a picture. Names need not be UTF-8."""
     if not data.strip():
         raise UserError("Standard input is empty. Pipe a picture into it, or paths, one a line.")
-    if b"\0" in data or not _is_text(data):
+    if b"\0" in data or data.startswith(JPEG):
         yield Input("-", data, is_lone=True)
     else:
-        yield from (Input(line) for line in data.decode().splitlines() if line.strip())
-
-
-def _is_text(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
+        lines = data.removeprefix(codecs.BOM_UTF8).splitlines()
+        yield from (Input(os.fsdecode(line)) for line in lines if line.strip())

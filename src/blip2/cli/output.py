@@ -39,7 +39,7 @@ class ResultWriter:
             self._print({"path": path} | record)
             return
         text = printable(record[self._key])
-        print(text if self._is_bare else f"{path}\t{text}", flush=True)
+        print(text if self._is_bare else f"{one_line(path)}\t{text}", flush=True)
 
     def failure(self, path: str, error: Exception) -> None:
         """One picture that could not be read."""
@@ -56,7 +56,9 @@ class ResultWriter:
         return 1 if self._num_good else 2
 
     def _print(self, record: dict[str, Any]) -> None:
-        print(json.dumps(record, ensure_ascii=False), flush=True)
+        text = json.dumps(record, ensure_ascii=False)
+        is_utf8 = not any("\ud800" <= character <= "\udfff" for character in text)
+        print(text if is_utf8 else json.dumps(record), flush=True)  # names of files need not be UTF-8, JSON must be
 
 
 def answer_all(inputs: Sequence[Input], answer: Answer, writer: ResultWriter, *, batch_size: int, quiet: bool) -> int:
@@ -119,6 +121,11 @@ def note(text: str, *, quiet: bool = False) -> None:
     """A line for the person at the terminal."""
     if not quiet:
         print(text, file=sys.stderr, flush=True)
+
+
+def one_line(path: str) -> str:
+    """The path without the line ends and tabs that a name of a file may hold; --json has it as it is."""
+    return "".join(" " if character in "\n\r\t" else character for character in path)
 
 
 def printable(text: str) -> str:

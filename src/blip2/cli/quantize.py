@@ -15,8 +15,8 @@ def quantize(
     target: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
     to: Annotated[Literal["int8", "int4"], typer.Option(help="Bits of the language model's weights.")],
     group_size: Annotated[
-        int, typer.Option(help="With int4: weights that share a scale, 32, 64, 128 or 256; fewer are more exact.")
-    ] = 32,
+        int | None, typer.Option(help="With int4: weights that share a scale, 32 (so if not told), 64, 128 or 256.")
+    ] = None,
     quiet: options.Quiet = False,
 ) -> None:
     """Write a model with int8 or int4 weights: a fraction of the memory, faster on a CPU, its answers nearly the same.
@@ -24,14 +24,20 @@ def quantize(
     The image encoder gets int8 in either case; the bridge stays as it is. The folder holds what it needs and serves as
     --model. docs/quantization.md has what it costs in accuracy.
     """
+    from blip2.checkpoints.native import SETTINGS_FILE
+    from blip2.checkpoints.placing import checked_place
     from blip2.checkpoints.quantize import write
     from blip2.inference.loading import find_model
 
+    if to == "int8" and group_size is not None:
+        raise UserError("--group-size has no effect with --to int8. Leave it out.")
+    group_size = 32 if group_size is None else group_size
     if group_size not in (32, 64, 128, 256):
         raise UserError(f"--group-size is {group_size}; it must be 32, 64, 128 or 256.")
     folder = find_model(source)
     if target.exists() and folder.resolve() == target.resolve():
         raise UserError(f"{target} would be written over what it is read from. Give another DST.")
+    place = checked_place(target, SETTINGS_FILE)
     note(f"Rounding {source} to {to}; a few billion weights take a minute or two.", quiet=quiet)
-    write(folder, source, target, to, group_size=group_size)
+    write(folder, source, place, to, group_size=group_size)
     print(target)

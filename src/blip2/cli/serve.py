@@ -1,6 +1,7 @@
 """blip2 serve: the chat page and an API that OpenAI's clients speak."""
 
 import ipaddress
+import socket
 import sys
 from typing import Annotated
 
@@ -100,6 +101,7 @@ def serve(
         max_rows=max_rows,
         limits=Limits(admitted=max_admitted, max_tokens=max_tokens),
     )
+    _refuse_taken_port(host, port)
     loaded = open_model(model, *own.parts, device=device, dtype=dtype, quantize=quantize, quiet=quiet)
     if port and not quiet:
         shown = f"[{host}]" if ":" in host else host
@@ -110,6 +112,18 @@ def serve(
 
 def _cleaned(given: list[str] | None) -> list[str]:
     return [one.strip() for one in given or [] if one.strip()]
+
+
+def _refuse_taken_port(host: str, port: int) -> None:
+    """Before the model is loaded."""
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as tried:
+            if sys.platform != "win32":  # there it would let two servers share one port
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            tried.bind(address)
+    except OSError as error:
+        raise UserError(f"The server cannot listen on {host}, port {port}: {error.strerror}.") from None
 
 
 def _refuse_open_door(host: str, keys: list[str], no_key: bool) -> None:

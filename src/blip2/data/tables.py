@@ -23,6 +23,7 @@ from blip2.errors import BadData
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
 _DELIMITERS = ",;|\t"
 _LONGEST_FIELD = 1 << 24
+_MOST_LINES = 20  # of a quoted text; more are a quotation mark that is not closed
 _NAMES_TRIED = 20
 Row = tuple[int, Mapping[str, Any] | None]  # its line, and its cells; None if it cannot be read
 
@@ -131,6 +132,7 @@ def _delimited(place: str, *, is_tab: bool) -> tuple[Sequence[str], Iterator[Row
             reader = csv.reader(file, delimiter=delimiter, quoting=quoting)
             next(reader, None)
             while True:
+                begin = reader.line_num
                 try:
                     cells = next(reader)
                 except StopIteration:
@@ -138,6 +140,12 @@ def _delimited(place: str, *, is_tab: bool) -> tuple[Sequence[str], Iterator[Row
                 except csv.Error:
                     yield reader.line_num, None
                     continue
+                if reader.line_num - begin > _MOST_LINES:
+                    raise BadData(
+                        f"{places.shown(place)}, line {begin + 1}: a quoted text goes on for "
+                        f"{reader.line_num - begin} lines. Most likely a quotation mark is not closed: close it, or "
+                        "write two where one is meant."
+                    )
                 if cells:
                     cells = [_unquoted(cell) for cell in cells] if is_tab else cells
                     yield reader.line_num, dict(zip(names, cells, strict=True)) if len(cells) == len(names) else None

@@ -36,6 +36,7 @@ from blip2.model.vision import ImageEncoder
 from blip2.objectives.negatives import NegativeRule
 from blip2.preprocessing.images import ImageSource, ImageTransform
 from blip2.preprocessing.prompts import question_prompt
+from blip2.preprocessing.text import checked
 
 Images = ImageSource | Sequence[ImageSource]
 
@@ -44,7 +45,7 @@ class Blip2:
     """A model to use; made by `blip2.load`.
 
     An image is a path, bytes, a PIL image or an array; methods take one or a list and answer in kind. A row's result
-    does not depend on what else is in the list.
+    does not depend on what else is in the list; of a quantised model it may (docs/quantization.md).
 
     Attributes:
         settings: what blip2.json says.
@@ -226,10 +227,15 @@ class Blip2:
         self, images: Sequence[ImageSource], question: str | Sequence[str], answers: Sequence[str]
     ) -> list[list[RankedAnswer]]:
         """The given answers for every image, the most probable first."""
-        if not answers or not all(answer.strip() for answer in answers):
+        if isinstance(answers, str):
+            raise UserError("answers is one text. Give a list of them, from which one is chosen.")
+        if not answers or not all(checked(answer).strip() for answer in answers):
             raise UserError("The list of answers is empty or holds an empty answer.")
+        if not isinstance(images, list | tuple):
+            raise UserError("images is one image. Give a list, [image].")
         generator = self.generator
         questions = _questions(question, len(images))
+        generator.check_room(self._question_prompts(questions), 0)
         rankings = []
         for rows in self._batches(len(images)):
             asked = questions[rows]
@@ -257,6 +263,7 @@ class Blip2:
         own = cast(DecodingOptions, self.settings.generation)
         generator, decoding = self.generator, make_decoding(options or own)
         prompts = _each(prompts, len(images), "prompts")
+        generator.check_room(prompts, decoding.max_new_tokens)
         told = prompts if instructions is None else _each(instructions, len(images), "instructions")
         texts: list[str] = []
         for rows in self._batches(len(images), rows_each=decoding.num_beams):
@@ -272,10 +279,13 @@ class Blip2:
         if question is not None:
             (instruction,) = _questions(question, 1)
             (prompt,) = self._question_prompts([instruction])
+        generator.check_room([prompt], decoding.max_new_tokens)
         return generator.stream(self.image_features(image), prompt, instruction, decoding)
 
     def chat(self, image: ImageSource) -> Conversation:
         """A dialogue about one picture."""
+        if isinstance(image, list | tuple):
+            raise UserError("chat takes one image. Begin a dialogue for each.")
         return Conversation(self.generator, self.image_features(image), self.settings.prompts.question)
 
     # -- pictures and texts as vectors ----------------------------------------------------------------------------
@@ -331,6 +341,8 @@ class Blip2:
         """How well each text fits the picture, in the order given."""
         retriever = self.retriever
         rows = [texts] if isinstance(texts, str) else list(texts)
+        if isinstance(image, list | tuple):
+            raise UserError("match takes one image. Call it for each.")
         features = self.image_features(image)
         return [match for some in self._batches(len(rows)) for match in retriever.match(features, rows[some])]
 
@@ -419,6 +431,8 @@ def _in_kind(texts: list[str], is_one: bool) -> str | list[str]:
 
 def _each(texts: str | Sequence[str], count: int, what: str) -> list[str]:
     """`count` texts: the one given repeated, or the list, which must be as long."""
+    if not isinstance(texts, str | Sequence):
+        raise UserError(f"{what} is {type(texts).__name__}. Give a text, or a list of them.")
     rows = [texts] * count if isinstance(texts, str) else list(texts)
     if len(rows) != count:
         raise UserError(f"There are {count} images and {len(rows)} {what}. Give one for all, or as many as images.")
@@ -427,6 +441,6 @@ def _each(texts: str | Sequence[str], count: int, what: str) -> list[str]:
 
 def _questions(question: str | Sequence[str], count: int) -> list[str]:
     questions = _each(question, count, "questions")
-    if not all(asked.strip() for asked in questions):
+    if not all(checked(asked).strip() for asked in questions):
         raise UserError("The question is empty.")
     return questions

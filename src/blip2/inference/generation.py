@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blip2.errors import UserError
 from blip2.inference.answers import score_answers
 from blip2.inference.image_cache import DEFAULT_ENTRIES, ImageCache, digests
 from blip2.inference.streaming import TextPieces
@@ -19,7 +20,7 @@ from blip2.model.recorded import Recorded
 from blip2.model.stage1 import Text
 from blip2.model.stage2 import Blip2Stage2
 from blip2.model.writing import Decoding, Writer, write
-from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer, TextBatch
+from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer, TextBatch, checked
 
 MOST_ROWS = 64  # more are no faster on a CPU
 KEY_VALUE_BYTES = 10**9
@@ -73,6 +74,21 @@ class Generator:
             return None
         answer = 0 if self.language_model.is_encoder_decoder else max_new_tokens
         return length - self.model.config.num_query_tokens - answer
+
+    def check_room(self, prompts: Sequence[str], max_new_tokens: int) -> None:
+        """Raises UserError where a prompt is longer than the language model can read beside such an answer."""
+        room = self.prompt_room(max_new_tokens)
+        if room is None:
+            return
+        for prompt in prompts:
+            if len(checked(prompt).encode()) < room // 2:  # a token is a byte at least
+                continue
+            num_tokens = self.tokenizer.encode_prompts([prompt]).input_ids.shape[1]
+            if num_tokens > room:
+                raise UserError(
+                    f"The prompt is {num_tokens} tokens long; beside an answer of {max_new_tokens} there is room for "
+                    f"{max(0, room)}. Shorten it, or ask for a shorter answer."
+                )
 
     @property
     def rows_at_once(self) -> int:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -72,6 +72,10 @@ def load(
     """
     folder = find_model(name)
     settings = read_settings(folder)
+    if isinstance(parts, str) or (parts is not None and not set(parts) <= native.PARTS.keys()):
+        raise UserError(f"parts is {parts!r}. Give a list of: {', '.join(native.PARTS)}.")
+    if quantize not in (None, *get_args(Bits)):
+        raise UserError(f"quantize is {quantize!r}. Give one of {', '.join(get_args(Bits))}, or None.")
     wanted = set(settings.parts if parts is None else parts)
     for part in sorted(wanted - settings.parts.keys()):
         raise MissingPart(
@@ -232,7 +236,8 @@ class _Loader:
             self._check(part, network)
         self._lighten(network, self.quantize)
         on_cpu = self.device.type == "cpu" and self.device_map is None
-        if on_cpu and has_few_bits(network):
+        rounds_inputs = on_cpu and has_few_bits(network)
+        if rounds_inputs:
             _take_over(network)
         arrange(network, self.device)  # what no graph took
         if on_cpu:
@@ -240,6 +245,7 @@ class _Loader:
         padding = "right" if network.config.is_encoder_decoder else "left"
         tokenizer = LanguageTokenizer(hf_tokenizer, prompt_padding=padding)
         language_model = wrap_language_model(network, tokenizer, stop=self.settings.stop)
+        language_model.reads_prefix_apart = rounds_inputs
         if self.device_map is None:
             language_model.to(self.device)
             if self.device.type == "cuda":

@@ -35,7 +35,13 @@ def _in_one_piece(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tenso
 
 
 class _FrozenLM(nn.Module):
-    """What both kinds share: frozen weights that stay in evaluation mode, embeddings and width."""
+    """What both kinds share: frozen weights that stay in evaluation mode, embeddings and width.
+
+    Attributes:
+        reads_prefix_apart: whether a decoder reads the visual prompt of a single row by itself the first time too, as
+            it does when it knows it already. Where inputs are rounded to eight bits, how many rows are read together
+            changes what is said; so a question has one answer, whether the picture is new or not.
+    """
 
     model: Any  # a Hugging Face model, whose methods are found at run time
     is_encoder_decoder: bool
@@ -54,6 +60,7 @@ class _FrozenLM(nn.Module):
         self.replay: Replay | None = None
         self.drafter: Drafter | None = None
         self._recorded: Recorded | None = None
+        self.reads_prefix_apart = False
 
     def replay_steps(self) -> bool:
         """Has each token's step, and the reading of prompts, recorded and replayed from now on (model/replay.py).
@@ -206,6 +213,9 @@ class DecoderLM(_FrozenLM):
             What was read, and (B, V) float32, the logits of the first new token.
         """
         visual = visual_prompt.to(self.model.dtype)
+        if prefix is not None and not prefix.keys_and_values and self.reads_prefix_apart:
+            alone, _ = self._start(visual, prompt_ids[:, :0], prompt_mask[:, :0], ())
+            _fill(prefix, alone, visual.shape[1])
         known = prefix.keys_and_values if prefix is not None else ()
         if self._recorded is None or len(visual) > MOST_PROMPTS:
             reading, logits = self._start(visual, prompt_ids, prompt_mask, known)
@@ -217,9 +227,8 @@ class DecoderLM(_FrozenLM):
             for layer, keys, values in zip(layers, states[::2], states[1::2], strict=True):
                 layer.put(keys, values)
             reading = Reading(cache, mask, prompt_ids.new_empty(len(mask), 0))
-        if prefix is not None and not known and is_roomy(reading.cache):
-            assert len(visual) == 1, "a prefix is that of one row"
-            prefix.keys_and_values = [state[:, :, : visual.shape[1]] for state in states_of(reading.cache)]
+        if prefix is not None and not known:
+            _fill(prefix, reading, visual.shape[1])
         return reading, logits
 
     def _start(
@@ -297,6 +306,13 @@ class EncoderDecoderLM(_FrozenLM):
 
 
 LanguageModel = DecoderLM | EncoderDecoderLM
+
+
+def _fill(prefix: Prefix, reading: Reading, length: int) -> None:
+    """Gives a prefix what was computed over the first positions of a single row."""
+    if is_roomy(reading.cache):
+        assert len(reading.mask) == 1, "a prefix is that of one row"
+        prefix.keys_and_values = [state[:, :, :length] for state in states_of(reading.cache)]
 
 
 @dataclass(frozen=True)

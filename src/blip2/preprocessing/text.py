@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
-from blip2.errors import BadData, MissingFile
+from blip2.errors import BadData, MissingFile, UserError
 
 DEC_TOKEN = "[DEC]"
 _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -84,13 +84,26 @@ class QFormerTokenizer:
 
     def encode(self, texts: Sequence[str], max_length: int = 32) -> TextBatch:
         """Texts as [CLS] words [SEP], padded right to the longest; what is cut off leaves [SEP] in its place."""
-        rows = [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        rows = [encoding.ids for encoding in self._tokenizer.encode_batch([checked(text) for text in texts])]
         rows = [row if len(row) <= max_length else [*row[: max_length - 1], self.sep_id] for row in rows]
         return pad(rows, self.pad_id)
 
     def decode(self, input_ids: Tensor) -> list[str]:
         """The texts of ids (B, T), special tokens left out."""
         return self._tokenizer.decode_batch(input_ids.tolist())
+
+
+def checked(text: str) -> str:
+    """The text itself.
+
+    Raises:
+        UserError: it is none, or has characters that no encoding has, as bytes of a terminal that are not UTF-8.
+    """
+    if not isinstance(text, str):
+        raise UserError(f"A text was expected, not {type(text).__name__}.")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise UserError(f"The text {text!r} is not UTF-8. Write it in UTF-8.")
+    return text
 
 
 def _tokenizer_file(path: Path) -> Path:
@@ -228,7 +241,7 @@ class LanguageTokenizer:
 
     def _plain_ids(self, text: str) -> list[int]:
         """Token ids of `text` alone, none of them special."""
-        ids = self._encode(text)
+        ids = self._encode(checked(text))
         if self._special_ids.isdisjoint(ids):
             return ids
         # SentencePiece vocabularies hold "</s>" as a piece of its own, which splitting does not undo: part its letters.

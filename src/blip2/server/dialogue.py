@@ -156,7 +156,9 @@ def prepare(
     if not question.text:
         num_tokens = generator.tokenizer.encode_prompts([prompts.caption]).input_ids.shape[1]
         num_queries = generator.model.config.num_query_tokens
-        return Prepared(image, prompts.caption, prompts.caption_instruction, num_tokens + num_queries)
+        warnings = ["A system message has no effect on a caption."] if question.system.strip() else []
+        caption = prompts.caption, prompts.caption_instruction
+        return Prepared(image, *caption, num_tokens + num_queries, warnings=warnings)
     asked = fit_dialogue(
         generator,
         question.history,

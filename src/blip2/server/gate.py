@@ -127,9 +127,12 @@ class Gate:
             if hmac.compare_digest(key.encode(), given.strip().encode("latin-1", "replace")):
                 found = key
         if found is None or scheme.lower() != "bearer":
+            is_wrong = scheme.lower() == "bearer" and given.strip()
             raise Fault(
                 401,
-                "A key is needed: send the header Authorization: Bearer KEY.",
+                "This key is not one that the server knows."
+                if is_wrong
+                else "A key is needed: send the header Authorization: Bearer KEY.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )

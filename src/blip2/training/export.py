@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from blip2.checkpoints import frozen, native
+from blip2.checkpoints import frozen, native, placing
 from blip2.errors import BadRecipe
 from blip2.preprocessing.text import QFormerTokenizer
 from blip2.registry import PACKAGES
@@ -67,6 +67,7 @@ def export(
         raise BadRecipe("There is nothing to export: give a run of stage 1, of stage 2 or instruct, or both.")
     if caption_best_of > 1 and len(given) < 2:
         raise BadRecipe("To choose among captions takes both parts: give a run of stage 1 and one of generation.")
+    placing.checked_place(folder, native.SETTINGS_FILE)
     read = {part: _Part(part, runs if isinstance(runs, Mapping) else {runs: 1.0}) for part, runs in given.items()}
     recipes = [recipe for part in read.values() for recipe in part.recipes]
     _check_alike(recipes)

@@ -10,7 +10,7 @@ is gone goes on from there.
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -46,14 +46,14 @@ class Keeper:
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
         self._pending: Future[Path] | None = None
 
-    def save(self, snapshot: Snapshot) -> None:
-        """Begins to write a checkpoint; the one before it is waited for first.
+    def save(self, snapshot: Snapshot, best: Best | None = None) -> None:
+        """Begins to write a checkpoint; the one before it is waited for first. `best` is noted once it is there.
 
         Raises:
             OSError: the one before could not be written.
         """
         self.wait()
-        self._pending = self._pool.submit(self._write, snapshot)
+        self._pending = self._pool.submit(self._write, snapshot, best)
 
     def wait(self) -> Path | None:
         """Returns when nothing is being written any more; the checkpoint that was, or None.
@@ -74,8 +74,10 @@ class Keeper:
         beside.write_text(json.dumps({"step": best.step, "metric": best.metric, "value": best.value}) + "\n")
         os.replace(beside, self._run_dir / BEST)
 
-    def _write(self, snapshot: Snapshot) -> Path:
+    def _write(self, snapshot: Snapshot, best: Best | None) -> Path:
         path = checkpoints.write(self._run_dir, snapshot)
+        if best is not None:
+            self.crown(best)
         checkpoints.prune(self._run_dir, self._keep)
         if self._mirror:
             self._mirror.put(path)
@@ -147,3 +149,24 @@ def read_best(run_dir: Path) -> Best | None:
     """The best evaluation noted in a run's folder, or None."""
     noted: Mapping[str, Any] | None = checkpoints.read_best(run_dir)
     return Best(**noted) if noted else None
+
+
+def recall(run_dir: Path, metric: str, evaluations: Sequence[tuple[int, float]], step: int) -> tuple[Best | None, int]:
+    """The best evaluation up to a step whose checkpoint is there, and how many came after it.
+
+    Args:
+        run_dir: the run's folder.
+        metric: what is compared.
+        evaluations: steps and values up to `step`, in their order.
+        step: where the run goes on.
+    """
+    found = None
+    for at, value in evaluations:
+        if better(metric, value, found):
+            found = Best(at, metric, value)
+    for best in (found, read_best(run_dir)):
+        if best is None or best.metric != metric or best.step > step:
+            continue
+        if checkpoints.is_complete(checkpoints.checkpoint_path(run_dir, best.step)):
+            return best, sum(at > best.step for at, _ in evaluations)
+    return None, 0

@@ -29,7 +29,7 @@ from blip2.training.averages import RunningAverage
 from blip2.training.compiled import without_compiling
 from blip2.training.devices import resolve_precision, use_threads
 from blip2.training.job import Job, Metrics, StepParts, Summary
-from blip2.training.keeper import Best, Keeper, better, read_best
+from blip2.training.keeper import Best, Keeper, better, read_best, recall
 from blip2.training.optimizer import build_optimizer, learning_rate
 from blip2.training.progress import CurvePainter, MetricsLog, Reporter, duration
 from blip2.training.recipe import to_settings, to_yaml
@@ -111,10 +111,10 @@ class Run:
         self.painter = CurvePainter(run_dir)
         self.keeper = Keeper(run_dir, training.keep, training.mirror)
         if distributed.is_first():
-            removed = checkpoints.discard_after(run_dir, self.counters.step)
-            notices += [f"Removed {path}: torn, or past the start" for path in removed]
+            notices += checkpoints.discard_after(run_dir, self.counters.step)
             (run_dir / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
-        self.best = read_best(run_dir)
+        self.best = self._recall_best()
+        self._goes_on_by_itself = resume == "auto"
         self.watch = HangWatch(
             run_dir, distributed.rank(), training.hang_seconds if distributed.world_size() > 1 else 0
         )
@@ -258,6 +258,18 @@ class Run:
             self.metrics = metrics
             self._judge(metrics)
 
+    def _recall_best(self) -> Best | None:
+        """The best evaluation so far, and into the counters how many came after it: a kill may have come between an
+        evaluation and the checkpoint that knows of it."""
+        name = self.recipe.training.best_metric
+        if name is None:
+            return read_best(self.run_dir)
+        evaluations = self.log.evaluations(name)
+        best, self.counters.evaluations_since_best = recall(self.run_dir, name, evaluations, self.counters.step)
+        if best is not None and distributed.is_first():
+            self.keeper.crown(best)
+        return best
+
     def _judge(self, metrics: Metrics) -> None:
         """Keeps the checkpoint of an evaluation that is the best so far."""
         name = self.recipe.training.best_metric
@@ -271,9 +283,7 @@ class Run:
             return
         self.counters.evaluations_since_best = 0
         self.best = Best(self.counters.step, name, metrics[name])
-        if distributed.is_first():
-            self.keeper.crown(self.best)
-        self._save_and_go_on()
+        self._save_and_go_on(self.best)
 
     # Checkpoints
 
@@ -286,8 +296,8 @@ class Run:
             self.job.faults.load_state_dict(saved["faults"])
         return Counters(**saved["counters"])
 
-    def _save(self) -> None:
-        """Takes a snapshot and begins to write it."""
+    def _save(self, best: Best | None = None) -> None:
+        """Takes a snapshot and begins to write it; `best` is noted once it is there."""
         if not distributed.is_first():
             return
         step = self.counters.step
@@ -303,16 +313,16 @@ class Run:
             "recipe": to_settings(self.recipe),
         }
         average = self.average.state() if self.average else None
-        self.keeper.save(checkpoints.take_snapshot(self.job.module, self.optimizer, saved, average))
+        self.keeper.save(checkpoints.take_snapshot(self.job.module, self.optimizer, saved, average), best)
 
-    def _save_and_go_on(self) -> None:
+    def _save_and_go_on(self, best: Best | None = None) -> None:
         """Saves; a full disk costs a checkpoint, not the run."""
         with self.watch.resting():
             try:
-                self._save()
+                self._save(best)
             except OSError as fault:  # of the checkpoint before
                 self._say_not_saved(fault)
-                self._save()
+                self._save(best)
             if distributed.is_first():
                 self.painter.draw()
 
@@ -342,7 +352,8 @@ class Run:
         if counters.step < steps and not is_early:
             by = stop.asked or "a signal to another process"
             self.reporter.say(f"Stopped by {by} after step {counters.step} of {steps}; saved as {path}.")
-            self.reporter.say("Run the same command again to go on from there.")
+            how = "Run the same command again" + ("" if self._goes_on_by_itself else ", without --resume,")
+            self.reporter.say(f"{how} to go on from there.")
         else:
             self.reporter.say(f"Finished {counters.step} steps in {duration(counters.seconds)}; saved as {path}.")
         return Summary(

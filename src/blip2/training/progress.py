@@ -35,13 +35,18 @@ class MetricsLog:
         """Opens the run's log and drops what is past the step it resumes from; `is_read_only` writes nothing."""
         self.path = run_dir / "metrics.jsonl"
         kept = [line for line in read_metrics(run_dir) if line["step"] <= resumed_step] if resumed_step else []
-        self.evaluated = {line["step"] for line in kept if line["kind"] == "evaluate"}
+        self._evaluations = [line for line in kept if line["kind"] == "evaluate"]
+        self.evaluated = {line["step"] for line in self._evaluations}
         self._file = self._events = None
         if is_read_only:
             return
         _rewrite(self.path, kept)
         self._file = self.path.open("a", encoding="utf-8")
         self._events = _open_tensorboard(run_dir / "tensorboard", resumed_step)
+
+    def evaluations(self, name: str) -> list[tuple[int, float]]:
+        """Steps and values of a metric up to the step that the run went on from."""
+        return [(line["step"], line[name]) for line in self._evaluations if name in line]
 
     def write(self, kind: str, step: int, metrics: Mapping[str, float]) -> None:
         """Appends one line."""
@@ -67,9 +72,11 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     lines = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            lines.append(json.loads(line))
+            found = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if isinstance(found, dict):
+            lines.append(found)
     return lines
 
 

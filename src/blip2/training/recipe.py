@@ -43,7 +43,11 @@ def read_recipe(name_or_path: str | Path) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise MissingFile(f"There is no recipe file {path}. Built-in recipes: {', '.join(shipped_recipes())}.")
-        return parse_recipe(path.read_text(encoding="utf-8"), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise BadRecipe(f"{path} is not UTF-8. Save it so.") from None
+        return parse_recipe(text, str(path))
     if name not in shipped_recipes():
         raise BadRecipe(
             f"There is no built-in recipe {name!r}{hint(name, shipped_recipes())} "

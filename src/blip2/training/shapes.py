@@ -5,6 +5,7 @@
 A name that is neither listed here, nor a folder, nor in the hub's cache is refused: its shape is not known.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from blip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
 from blip2.model.marian_ssru import MarianSsruConfig
 from blip2.model.vision import HuggingFaceConvNext, HuggingFaceVision, ImageEncoder
 
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 EVA = "Salesforce/blip2-opt-2.7b"  # the name under which recipes ask for EVA-CLIP's ViT-g/14
 
 # EVA-CLIP's ViT-g/14 as BLIP-2's checkpoints hold it: 39 of its 40 layers.
@@ -207,7 +209,8 @@ def _configuration(name: str, known: dict[str, tuple[Any, dict[str, Any]]], also
     folder = Path(name).expanduser()
     if folder.is_dir():
         return frozen.read_config(folder, name)
-    cached = try_to_load_from_cache(name, "config.json") if name.count("/") == 1 else None
+    is_on_hub = HUB_NAME.fullmatch(name) is not None
+    cached = try_to_load_from_cache(name, "config.json") if is_on_hub else None
     if isinstance(cached, str):
         return frozen.read_config(Path(cached).parent, name)
     raise UnknownModel(

@@ -135,12 +135,24 @@ def prune(run_dir: Path, keep: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def discard_after(run_dir: Path, step: int) -> list[Path]:
-    """Removes the torn checkpoints and those past a step, so that a run goes on from there; returns which."""
-    doomed = [path for path in list_checkpoints(run_dir) if step_of(path) > step or not is_complete(path)]
-    for path in doomed:
-        remove_checkpoint(path)
-    return doomed
+def discard_after(run_dir: Path, step: int) -> list[str]:
+    """Removes the torn checkpoints and sets those aside that are past a step, so that a run goes on from there.
+
+    Returns:
+        What was done to which, in words.
+    """
+    told = []
+    for path in list_checkpoints(run_dir):
+        if not is_complete(path):
+            remove_checkpoint(path)
+            told.append(f"Removed {path}: torn")
+        elif step_of(path) > step:
+            aside = Path(run_dir) / "set-aside" / path.name
+            aside.parent.mkdir(exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            told.append(f"Set aside as {aside}: it is past the start")
+    return told
 
 
 def remove_checkpoint(path: Path) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from blip2.checkpoints import frozen, native
+from blip2.checkpoints import frozen, native, placing
+from blip2.errors import UserError
 from blip2.model.stage1 import Blip2Stage1, load_text_weights
 from blip2.model.stage2 import Blip2Stage2
 from blip2.training.export import model_settings
@@ -69,7 +70,11 @@ def init(
 
     Raises:
         UnknownModel, Untrusted, BadData: a part that is not to be had, not known or not safe.
+        UserError: there is something already that would be replaced.
     """
+    if any((folder / name).exists() for name in (native.SETTINGS_FILE, *(f"{stage}.yaml" for stage in STAGES))):
+        raise UserError(f"{folder} holds a model or its recipes already. Name another folder, or remove that one.")
+    placing.checked_place(folder, native.SETTINGS_FILE)
     shape = SHAPES.get(qformer, Shape(qformer, {}))
     asked: dict[str, Any] = dict(shape.section)
     if num_query_tokens is not None:
