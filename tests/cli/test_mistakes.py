@@ -9,7 +9,7 @@ from PIL import Image
 
 from blip2.cli.inputs import Input
 
-LATIN = os.fsdecode("caf\xe9".encode("latin-1"))
+LATIN = os.fsdecode("\xe9t\xe9".encode("latin-1"))
 
 
 @pytest.mark.parametrize(

@@ -158,3 +158,15 @@ def test_the_presets_differ_where_the_originals_do():
     second = read_recipe("paper/stage2-opt-2.7b")
     assert (second.training.steps, second.training.batch_size, second.training.label_smoothing) == (80_000, 1920, 0)
     assert second.optimizer.min_learning_rate == 5e-5
+
+
+@pytest.mark.parametrize("setting", ["seed=99999999999999999999", "training.threads=100000"])
+def test_numbers_that_no_machine_takes_are_refused(setting):
+    with pytest.raises(BadRecipe, match="less than"):
+        apply_overrides(read_recipe("mini/stage1"), [setting])
+
+
+def test_a_recipe_that_is_not_utf8_is_told(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"name: \xe9t\xe9\n")
+    with pytest.raises(BadRecipe, match="is not UTF-8"):
+        read_recipe(tmp_path / "r.yaml")

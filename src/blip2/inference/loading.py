@@ -76,6 +76,8 @@ def load(
         raise UserError(f"parts is {parts!r}. Give a list of: {', '.join(native.PARTS)}.")
     if quantize not in (None, *get_args(Bits)):
         raise UserError(f"quantize is {quantize!r}. Give one of {', '.join(get_args(Bits))}, or None.")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device is {str(device)!r}, and PyTorch finds no GPU here. Leave it out, or give cpu.")
     wanted = set(settings.parts if parts is None else parts)
     for part in sorted(wanted - settings.parts.keys()):
         raise MissingPart(

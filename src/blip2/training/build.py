@@ -51,6 +51,11 @@ def build(recipe: Recipe, run_dir: Path) -> Job:
         parts = load_parts(recipe)
         if recipe.model.init_from is not None:
             found_start(recipe.model.init_from)
+    longest = parts.config.max_position_embeddings
+    if recipe.data.max_text_length > longest:
+        raise BadRecipe(
+            f"data.max_text_length is {recipe.data.max_text_length}, and the Q-Former reads {longest} tokens at most."
+        )
     faults = FaultLog(
         run_dir / (f"faults-{rank()}.jsonl" if rank() else "faults.jsonl"), stop_share=recipe.data.stop_share
     )

@@ -22,6 +22,8 @@ def _not_a_claim(value: Any) -> Any:
 
 Positive = Annotated[int, Field(gt=0), BeforeValidator(_not_a_claim)]
 Count = Annotated[int, Field(ge=0), BeforeValidator(_not_a_claim)]
+Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_not_a_claim)]
+Threads = Annotated[int, Field(gt=0, le=1024), BeforeValidator(_not_a_claim)]
 Rate = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -277,7 +279,7 @@ class TrainingSection:
     """Compute the language model's activations again in the backward pass: less memory, a third more time."""
     hang_seconds: Count = 1800
     """Of several processes, leave when a step takes longer than this, and say which one is to blame; 0 for never."""
-    threads: Positive | None = None
+    threads: Threads | None = None
     """CPU threads; null leaves the choice to PyTorch. Resuming is bit-exact at one number of threads."""
 
     @model_validator(mode="after")
@@ -306,7 +308,7 @@ class Recipe:
     """stage1: representation (ITC, ITM, ITG); stage2: generation by a frozen LLM; instruct: answers to instructions."""
     name: str
     """Name of the run, and of its folder."""
-    seed: Count = 0
+    seed: Seed = 0
     """Decides the order of the samples, dropout and negatives."""
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection
