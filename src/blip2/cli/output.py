@@ -57,8 +57,11 @@ class ResultWriter:
 
     def _print(self, record: dict[str, Any]) -> None:
         text = json.dumps(record, ensure_ascii=False)
-        is_utf8 = not any("\ud800" <= character <= "\udfff" for character in text)
-        print(text if is_utf8 else json.dumps(record), flush=True)  # names of files need not be UTF-8, JSON must be
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # names of files need not be UTF-8, JSON must be
+            text = json.dumps(record)
+        print(text, flush=True)
 
 
 def answer_all(inputs: Sequence[Input], answer: Answer, writer: ResultWriter, *, batch_size: int, quiet: bool) -> int:

@@ -213,7 +213,8 @@ class DecoderLM(_FrozenLM):
             What was read, and (B, V) float32, the logits of the first new token.
         """
         visual = visual_prompt.to(self.model.dtype)
-        if prefix is not None and not prefix.keys_and_values and self.reads_prefix_apart:
+        reads_apart = self.reads_prefix_apart and is_roomy(make_cache(self.model.config))  # else it would be for nothing
+        if prefix is not None and not prefix.keys_and_values and reads_apart:
             alone, _ = self._start(visual, prompt_ids[:, :0], prompt_mask[:, :0], ())
             _fill(prefix, alone, visual.shape[1])
         known = prefix.keys_and_values if prefix is not None else ()

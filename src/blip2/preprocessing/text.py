@@ -101,8 +101,10 @@ def checked(text: str) -> str:
     """
     if not isinstance(text, str):
         raise UserError(f"A text was expected, not {type(text).__name__}.")
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise UserError(f"The text {text!r} is not UTF-8. Write it in UTF-8.")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"The text {text!r} is not UTF-8. Write it in UTF-8.") from None
     return text
 
 
