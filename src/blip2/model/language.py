@@ -213,7 +213,7 @@ class DecoderLM(_FrozenLM):
             What was read, and (B, V) float32, the logits of the first new token.
         """
         visual = visual_prompt.to(self.model.dtype)
-        reads_apart = self.reads_prefix_apart and is_roomy(make_cache(self.model.config))  # else it would be for nothing
+        reads_apart = self.reads_prefix_apart and is_roomy(make_cache(self.model.config))  # else in vain
         if prefix is not None and not prefix.keys_and_values and reads_apart:
             alone, _ = self._start(visual, prompt_ids[:, :0], prompt_mask[:, :0], ())
             _fill(prefix, alone, visual.shape[1])
