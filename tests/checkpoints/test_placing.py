@@ -67,9 +67,11 @@ def test_a_link_is_followed(tmp_path):
         assert found(tmp_path / place) == {"model.json": "1"}
 
 
-def test_the_working_folder_has_a_name_too(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_the_working_folder_and_those_above_are_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(write(tmp_path / "here"))
-    assert placing.checked_place(".", MARK) == tmp_path / "here"
+    with pytest.raises(UserError, match="is the folder you are in"):
+        placing.checked_place(name, MARK)
 
 
 def test_where_the_new_folder_cannot_be_put_the_old_one_stays(tmp_path, monkeypatch):

@@ -16,9 +16,11 @@ def checked_place(folder: Path | str, mark: str) -> Path:
         mark: the file by which such a folder is known.
 
     Raises:
-        UserError: a file is there, or a folder that holds other things.
+        UserError: a file is there, or a folder that holds other things; or it is the working folder, or above it.
     """
     place = Path(folder).resolve()
+    if Path.cwd().is_relative_to(place):
+        raise UserError(f"{folder} is the folder you are in, or above it, and would be replaced. Name another.")
     if place.exists() and not place.is_dir():
         raise UserError(f"{folder} is a file, and a folder is to be written. Give another name.")
     if place.is_dir() and not (place / mark).is_file() and any(place.iterdir()):

@@ -276,7 +276,7 @@ class Run:
         if name is None:
             return
         if name not in metrics:
-            there = ", ".join(sorted(metrics))
+            there = ", ".join(sorted(metrics.keys() - {"seconds"}))
             raise BadRecipe(f"training.best_metric: evaluations give no {name}; they give {there}.")
         if not better(name, metrics[name], self.best):
             self.counters.evaluations_since_best += 1
