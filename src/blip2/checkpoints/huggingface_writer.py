@@ -30,10 +30,9 @@ from transformers import (
 
 from blip2.checkpoints import frozen, placing
 from blip2.checkpoints.huggingface import CONFIG_FILE, EXTRA_SETTINGS, EXTRAS, QFORMER_TOKENIZER
-from blip2.checkpoints.names import Names, unnamed
+from blip2.checkpoints.names import Names, check_pooling, unnamed
 from blip2.checkpoints.native import ModelSettings
 from blip2.errors import BadData, UnknownModel
-from blip2.model.config import QFormerConfig
 from blip2.model.vision import ImageEncoder
 from blip2.preprocessing.text import DEC_TOKEN
 
@@ -75,7 +74,7 @@ def write(
     """
     place = placing.checked_place(folder, CONFIG_FILE)
     if part == "stage1":
-        _check_pooling(settings.qformer)
+        check_pooling(settings.qformer, "Hugging Face's class knows max and cls only, and would give other numbers.")
     vision = frozen.load_vision(settings.vision.name, dtype, image_size=settings.image_size)
     if type(vision.network).__name__ not in VISION_TOWERS:
         raise UnknownModel(
@@ -100,14 +99,6 @@ def write(
         placing.put(beside, place, lambda name: name.endswith(OWN_SUFFIXES) or name in OWN_FOLDERS)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-
-
-def _check_pooling(config: QFormerConfig) -> None:
-    if (config.query_pooling, config.text_pooling) != ("max", "cls"):
-        raise UnknownModel(
-            f"This bridge compares images by query_pooling {config.query_pooling} and texts by text_pooling "
-            f"{config.text_pooling}; Hugging Face's class knows max and cls only, and would give other numbers."
-        )
 
 
 def _bert_tokenizer(settings: ModelSettings, part: str, folder: Path | None) -> Any:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from blip2.checkpoints import eva
-from blip2.checkpoints.names import Names
+from blip2.checkpoints.names import Names, check_pooling
 from blip2.checkpoints.native import ModelSettings, Prompts
 from blip2.errors import BadData, MissingFile, UnknownModel, Untrusted, UserError
 from blip2.model.config import QFormerConfig
@@ -136,11 +136,7 @@ def check_can_hold(settings: ModelSettings) -> None:
             f"This Q-Former has {config.num_attention_heads} heads for a width of {config.hidden_size}; LAVIS's format "
             f"does not tell, and is read as heads of {HEAD_WIDTH}. Keep the model folder."
         )
-    if (config.query_pooling, config.text_pooling) != ("max", "cls"):
-        raise UnknownModel(
-            f"This bridge compares images by query_pooling {config.query_pooling} and texts by text_pooling "
-            f"{config.text_pooling}; LAVIS knows max and cls only. Keep the model folder."
-        )
+    check_pooling(config, "LAVIS knows max and cls only. Keep the model folder.")
 
 
 def _state(path: Path) -> dict[str, Tensor]:

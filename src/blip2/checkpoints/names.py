@@ -14,6 +14,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from blip2.errors import UnknownModel
+from blip2.model.config import QFormerConfig
+
 Format = Literal["blip2", "hf", "hf-instruct", "lavis"]
 
 _LAYER, _LAVIS_LAYER = "qformer.encoder.layer.{}", "Qformer.bert.encoder.layer.{}"
@@ -92,3 +95,12 @@ def unnamed(names: Iterable[str], source: Format, target: Format) -> list[str]:
     """Those names of the source that the target has no place for."""
     way = Names(source, target)
     return [name for name in names if way.translate(name) is None]
+
+
+def check_pooling(config: QFormerConfig, why: str) -> None:
+    """Raises UnknownModel where a bridge compares otherwise than both originals do, whose formats do not tell how."""
+    if (config.query_pooling, config.text_pooling) != ("max", "cls"):
+        raise UnknownModel(
+            f"This bridge compares images by query_pooling {config.query_pooling} and texts by text_pooling "
+            f"{config.text_pooling}; {why}"
+        )

@@ -1,6 +1,5 @@
 """blip2 ask: a question about pictures, answered in free words or from a list."""
 
-import os
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,8 +10,8 @@ from blip2.cli import inputs as pictures
 from blip2.cli import options
 from blip2.cli.inputs import PICTURE_SUFFIXES
 from blip2.cli.models import open_model
-from blip2.cli.output import ResultWriter, answer_all, is_bare
-from blip2.errors import MissingFile, UserError
+from blip2.cli.output import ResultWriter, answer_all, check_folder, is_bare, whole_file
+from blip2.errors import UserError
 
 
 def ask(
@@ -76,8 +75,7 @@ def ask(
 def _check_drawable(path: Path) -> None:
     if path.suffix.lower() not in PICTURE_SUFFIXES:
         raise UserError(f"--attention {path} names no kind of picture. Name it .png, for example.")
-    if not path.absolute().parent.is_dir():
-        raise MissingFile(f"The folder of {path} does not exist. Make it first.")
+    check_folder(path)
 
 
 def _draw_attention(model: Any, image: Any, question: str, path: Path) -> None:
@@ -86,12 +84,8 @@ def _draw_attention(model: Any, image: Any, question: str, path: Path) -> None:
     from blip2.preprocessing.images import load_image
 
     maps = attention_maps(model, model.image_features(image), question)  # (Q, rows, columns)
-    beside = path.with_name(f".{path.stem}.writing-{os.getpid()}{path.suffix}")
-    try:
+    with whole_file(path) as beside:
         draw(load_image(image), maps.mean(dim=0)).save(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _answer_list(answers: str | None, chosen: dict[str, Any]) -> list[str] | None:

@@ -1,6 +1,5 @@
 """blip2 embed: pictures and texts as vectors, in one .npz file."""
 
-import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ from blip2.cli import inputs as pictures
 from blip2.cli import options
 from blip2.cli.inputs import PICTURE_SUFFIXES, Input
 from blip2.cli.models import open_model
-from blip2.cli.output import note, progress_bar
+from blip2.cli.output import check_folder, note, progress_bar, whole_file
 from blip2.errors import BadImage, MissingFile, UserError
 
 
@@ -56,8 +55,7 @@ def embed(
 def _check_out(out: Path) -> None:
     if out.suffix != ".npz":
         raise UserError(f"{out} does not end in .npz, the format that is written. Name it {out.with_suffix('.npz')}.")
-    if not out.absolute().parent.is_dir():
-        raise MissingFile(f"The folder of {out} does not exist. Make it first.")
+    check_folder(out)
 
 
 def _part(items: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -95,13 +93,7 @@ def _embed_images(
 
 
 def _write(out: Path, arrays: dict[str, Any]) -> None:
-    """Written beside its place and renamed: the file is whole or is not there."""
     import numpy as np
 
-    beside = out.with_name(f".{out.name}.writing-{os.getpid()}.npz")
-    try:
-        with beside.open("wb") as file:
-            np.savez(file, **arrays)
-        beside.replace(out)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole_file(out) as beside, beside.open("wb") as file:
+        np.savez(file, **arrays)

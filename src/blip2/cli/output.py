@@ -6,8 +6,11 @@ several                        path<TAB>answer
 """
 
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from blip2.cli.inputs import Input
@@ -124,6 +127,23 @@ def note(text: str, *, quiet: bool = False) -> None:
     """A line for the person at the terminal."""
     if not quiet:
         print(text, file=sys.stderr, flush=True)
+
+
+def check_folder(out: Path) -> None:
+    """Raises MissingFile where the folder that a file is to be written into does not exist."""
+    if not out.absolute().parent.is_dir():
+        raise MissingFile(f"The folder of {out} does not exist. Make it first.")
+
+
+@contextmanager
+def whole_file(out: Path) -> Iterator[Path]:
+    """A path beside `out`, of the same kind; renamed at the end, so that `out` is whole or is not there."""
+    beside = out.with_name(f".{out.stem}.writing-{os.getpid()}{out.suffix}")
+    try:
+        yield beside
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def one_line(path: str) -> str:

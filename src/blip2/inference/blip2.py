@@ -235,12 +235,12 @@ class Blip2:
             raise UserError("images is one image. Give a list, [image].")
         generator = self.generator
         questions = _questions(question, len(images))
-        generator.check_room(self._question_prompts(questions), 0)
+        prompts = self._question_prompts(questions)
+        generator.check_room(prompts, 0)
         rankings = []
         for rows in self._batches(len(images)):
-            asked = questions[rows]
             features = self.image_features(images[rows])
-            scores = generator.score(features, self._question_prompts(asked), asked, answers)  # (B, A)
+            scores = generator.score(features, prompts[rows], questions[rows], answers)  # (B, A)
             rankings += [rank(row, answers) for row in scores.float().cpu()]
         return rankings
 

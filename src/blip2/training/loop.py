@@ -29,7 +29,7 @@ from blip2.training.averages import RunningAverage
 from blip2.training.compiled import without_compiling
 from blip2.training.devices import resolve_precision, use_threads
 from blip2.training.job import Job, Metrics, StepParts, Summary
-from blip2.training.keeper import Best, Keeper, better, read_best, recall
+from blip2.training.keeper import Best, Keeper, better, recall
 from blip2.training.optimizer import build_optimizer, learning_rate
 from blip2.training.progress import CurvePainter, MetricsLog, Reporter, duration
 from blip2.training.recipe import to_settings, to_yaml
@@ -263,7 +263,7 @@ class Run:
         evaluation and the checkpoint that knows of it."""
         name = self.recipe.training.best_metric
         if name is None:
-            return read_best(self.run_dir)
+            return None
         evaluations = self.log.evaluations(name)
         best, self.counters.evaluations_since_best = recall(self.run_dir, name, evaluations, self.counters.step)
         if best is not None and distributed.is_first():
