@@ -156,6 +156,28 @@ def test_a_mark_that_is_no_mark_is_named(small):
         blip2.load(small)
 
 
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_inputs_of_eight_bits_have_the_groups_that_were_asked_for(peers, tmp_path, bits, monkeypatch):
+    monkeypatch.setattr("blip2.inference.loading._take_over", lambda network: None)  # the layers stay to be seen
+    run("quantize", peers("blip2-opt").folder, tmp_path / "small", "--to", bits, "--group-size", 64)
+    head = blip2.load(tmp_path / "small").generator.language_model.model.get_output_embeddings()
+    assert isinstance(head, Int8Linear) and head.group_size == 64
+    place = tmp_path / "small" / "language" / quantized.MARK
+    mark = json.loads(place.read_text())
+    del mark["group_size"]  # as folders had it before
+    place.write_text(json.dumps(mark))
+    head = blip2.load(tmp_path / "small").generator.language_model.model.get_output_embeddings()
+    assert head.group_size == 32
+
+
+@pytest.mark.parametrize("size", [48, 0, "64", [64], None])
+def test_groups_that_there_are_none_of_are_named(small, size):
+    place = small / "language" / quantized.MARK
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"group_size": size}))
+    with pytest.raises(BadData, match="has groups of"):
+        blip2.load(small)
+
+
 def test_a_bad_group_size_or_place_is_refused(peers, tmp_path):
     folder = peers("blip2-opt").folder
     with pytest.raises(UserError, match="group-size"):

@@ -110,11 +110,6 @@ def test_models_are_written_over_nothing_else(run, folder, tiny):
     assert (folder / "pictures" / "inside" / "c.webp").is_file()
 
 
-def test_a_group_size_has_no_effect_on_eight_bits(run, tiny):
-    result = run("quantize", tiny, "new", "--to", "int8", "--group-size", "64")
-    assert result.code == 2 and "has no effect" in result.err
-
-
 def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(run, tiny):
     with socket.create_server(("127.0.0.1", 0)) as other:
         result = run("serve", "--model", tiny, "--port", other.getsockname()[1])

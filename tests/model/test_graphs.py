@@ -22,7 +22,7 @@ from transformers import (
 from blip2.errors import UserError
 from blip2.model import quantized as quantized_module
 from blip2.model.graphs import decoders, graph, t5
-from blip2.model.graphs.graph import Graph, whole_zeros
+from blip2.model.graphs.graph import Graph, input_groups, whole_zeros
 from blip2.model.graphs.taking_over import OnnxLinear, take_over
 from blip2.model.language import DecoderLM, EncoderDecoderLM
 from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear, quantize, to_int4, to_int8
@@ -252,6 +252,24 @@ def test_what_stands_out_makes_its_own_group_coarse_alone():
     x[:, :32] = 0
     x[:, 7] = 1e4
     near(OnnxLinear(layer)(x), whole(nn.Sequential(layer))(x), 0.02)
+
+
+def test_inputs_of_eight_bits_are_rounded_in_the_groups_that_a_layer_names():
+    torch.manual_seed(0)
+    linear = nn.Linear(384, 40, bias=False).requires_grad_(False)
+    x = torch.randn(4, 384)
+    x[:, 7] = 1e4  # in a group of 128 every other input is rounded to 0
+    weight, scale = to_int8(linear.weight)
+    y = OnnxLinear(Int8Linear(weight, scale, None, group_size=128))(x)
+    x[:, :128] = x[:, :128] * (torch.arange(128) == 7)
+    near(y, x @ (weight * scale[:, None]).t(), 1e-4)
+    assert y.std() > 10
+
+
+def test_a_group_is_halved_until_a_row_has_whole_ones():
+    for length, group_size in ((256, 256), (384, 128), (96, 32), (48, 16), (20, 16)):
+        weight = torch.ones(16, length, dtype=torch.int8)
+        assert input_groups(Int8Linear(weight, torch.ones(16), None, group_size=256)) == group_size
 
 
 def test_a_gradient_is_refused_instead_of_lost(visual_prompt):

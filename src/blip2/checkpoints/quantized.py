@@ -1,6 +1,6 @@
 """A frozen part with few bits a weight, in a folder of its own that stands for it wherever a name or folder does.
 
-    quantization.json        how many bits, and which weights are one and the same
+    quantization.json        how many bits, in what groups, and which weights are one and the same
     quantized.safetensors    what `model.quantized` made of the linear layers; everything else as it was
     config.json, generation_config.json, tokenizer   as the part had them
 
@@ -12,7 +12,7 @@ they are laid out for the processor's kernel.
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from blip2.checkpoints.mapped import CAN_LET_GO, MappedFile
 from blip2.errors import BadData, MissingFile, Untrusted, UserError
-from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear
+from blip2.model.quantized import GROUP_SIZE, GROUP_SIZES, Int4Linear, Int8Embedding, Int8Linear
 
 MARK = "quantization.json"
 WEIGHTS = "quantized.safetensors"
@@ -30,18 +30,31 @@ FORMAT = 1
 AGAIN = "Write the folder again with blip2 quantize."
 
 
+class Mark(NamedTuple):
+    """What quantization.json tells of the weights.
+
+    Attributes:
+        shared: names of weights and the ones they are.
+        group_size: of inputs, beside weights of eight bits; folders of before 2026-12 do not tell, and it is 32.
+    """
+
+    shared: dict[str, str]
+    group_size: int
+
+
 def is_quantized(folder: Path) -> bool:
     """Whether a folder holds a quantised part."""
     return (folder / MARK).is_file()
 
 
-def save(network: Any, bits: str, folder: Path) -> None:
+def save(network: Any, bits: str, folder: Path, *, group_size: int = GROUP_SIZE) -> None:
     """Writes a network that `model.quantized.quantize` has been through.
 
     Args:
         network: a Hugging Face model or tower.
         bits: what it was quantised to.
         folder: where; made if need be.
+        group_size: that it was quantised with.
     """
     folder.mkdir(parents=True, exist_ok=True)
     network.config.save_pretrained(folder)
@@ -60,7 +73,7 @@ def save(network: Any, bits: str, folder: Path) -> None:
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} could not be written: {error}.") from error
-    mark = {"format": FORMAT, "bits": bits, "shared": shared}
+    mark = {"format": FORMAT, "bits": bits, "group_size": group_size, "shared": shared}
     (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
 
 
@@ -81,13 +94,13 @@ def load(
         BadData: they do not fit config.json, or a newer version wrote them.
     """
     dtype = torch.float32 if dtype == "auto" else dtype
-    shared = _read_mark(folder)
-    mapped, weights = _read(folder / WEIGHTS, shared, lets_go=is_vision and CAN_LET_GO)
+    mark = _read_mark(folder)
+    mapped, weights = _read(folder / WEIGHTS, mark.shared, lets_go=is_vision and CAN_LET_GO)
     with init_empty_weights(include_buffers=False):
         network = make()
     quantized, misshapen = [], set()
     for place in sorted({name.rpartition(".")[0] for name in weights}):
-        layer = _layer(place, weights, network, dtype, rounds_inputs=is_vision)
+        layer = _layer(place, weights, network, dtype, rounds_inputs=is_vision, group_size=mark.group_size)
         if layer is not None:
             misshapen |= set() if _sizes(layer) == _sizes(network.get_submodule(place)) else {place}
             network.set_submodule(place, layer)
@@ -105,7 +118,13 @@ def load(
 
 
 def _layer(
-    place: str, weights: Mapping[str, Tensor], network: nn.Module, dtype: torch.dtype, *, rounds_inputs: bool
+    place: str,
+    weights: Mapping[str, Tensor],
+    network: nn.Module,
+    dtype: torch.dtype,
+    *,
+    rounds_inputs: bool,
+    group_size: int,
 ) -> nn.Module | None:
     """The quantised layer at a place, of the weights found there; None where they are not of one."""
     names = ("weight", "scale", "packed", "scale_and_zero", "bias")
@@ -120,7 +139,7 @@ def _layer(
         return None
     if isinstance(was, nn.Embedding):
         return Int8Embedding(weight, scale, dtype)
-    return Int8Linear(weight, scale, bias, rounds_inputs=rounds_inputs)
+    return Int8Linear(weight, scale, bias, rounds_inputs=rounds_inputs, group_size=group_size)
 
 
 def _sizes(layer: Any) -> tuple[int, ...]:
@@ -133,12 +152,15 @@ def _sizes(layer: Any) -> tuple[int, ...]:
     return num_rows, num_columns, num_rows if bias is None else len(bias), scales or num_rows
 
 
-def _read_mark(folder: Path) -> dict[str, str]:
+def _read_mark(folder: Path) -> Mark:
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
         if mark["format"] != FORMAT:
             raise BadData(f"{folder / MARK} has a format that this version does not know. Update blip2.")
-        return {str(name): str(owner) for name, owner in mark["shared"].items()}
+        group_size = mark.get("group_size", GROUP_SIZE)
+        if group_size not in GROUP_SIZES:
+            raise BadData(f"{folder / MARK} has groups of {group_size!r}, which are not among {GROUP_SIZES}. {AGAIN}")
+        return Mark({str(name): str(owner) for name, owner in mark["shared"].items()}, int(group_size))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadData(f"{folder / MARK} is broken ({error!r}). {AGAIN}") from None
 

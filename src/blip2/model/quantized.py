@@ -17,7 +17,8 @@ from blip2.errors import UserError
 from blip2.model.low_bit_products import STEP, int4_product, int8_product
 
 Bits = Literal["int8", "int4"]
-GROUP_SIZE = 32  # weights that share a scale and a zero in Int4Linear
+GROUP_SIZE = 32  # weights that share a scale and a zero in Int4Linear; inputs that a graph rounds together
+GROUP_SIZES = (32, 64, 128, 256)  # that there are; larger ones are faster and lose more (docs/quantization.md)
 MIDDLE = 8  # the four bits that stand for the zero
 CLIPS = 12  # how far each group's range is narrowed in search of the least squared error
 NARROWEST = 0.7
@@ -36,15 +37,25 @@ class Int8Linear(nn.Module):
         bias: (N,) or None.
         rounds_inputs: whether inputs are rounded as well, each row with a scale of its own: fast where there are many
             rows. An image encoder bears it; an LLM, with few inputs far larger than the rest, loses by it.
+        group_size: inputs that share a scale where a graph rounds them (`graphs`); nothing else asks for it.
     """
 
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, *, rounds_inputs: bool = False) -> None:
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        *,
+        rounds_inputs: bool = False,
+        group_size: int = GROUP_SIZE,
+    ) -> None:
         super().__init__()
         self.rounds_inputs = rounds_inputs
+        self.group_size = group_size
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
@@ -224,7 +235,7 @@ def quantize(network: Any, bits: Bits, *, group_size: int = GROUP_SIZE, rounds_i
     Args:
         network: a Hugging Face model or tower.
         bits: of the weights.
-        group_size: weights that share a scale; 32, 64, 128 or 256.
+        group_size: weights that share a scale in int4, and inputs where a graph rounds them; 32, 64, 128 or 256.
         rounds_inputs: of layers of eight bits; see `Int8Linear`.
 
     Returns:
@@ -247,7 +258,8 @@ def quantize(network: Any, bits: Bits, *, group_size: int = GROUP_SIZE, rounds_i
             network.set_submodule(name, Int4Linear(*to_int4(weight, group_size), bias))
             continue
         rounded, scale = to_int8(weight)
-        network.set_submodule(name, Int8Linear(rounded, scale, bias, rounds_inputs=rounds_inputs))
+        layer_of_int8 = Int8Linear(rounded, scale, bias, rounds_inputs=rounds_inputs, group_size=group_size)
+        network.set_submodule(name, layer_of_int8)
         if layer is head and words is not None and shares:
             for place in [place for place, module in network.named_modules() if module is words]:
                 network.set_submodule(place, Int8Embedding(rounded, scale, words.weight.dtype))

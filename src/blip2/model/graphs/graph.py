@@ -25,7 +25,7 @@ from blip2.model.quantized import MIDDLE, Int4Linear, Int8Linear
 
 MICROSOFT = "com.microsoft"
 VERSIONS = {"": 21, MICROSOFT: 1}
-GROUP_SIZES = (32, 16)  # of inputs beside weights of eight bits: larger ones are faster, and lose (docs/decisions.md)
+SMALLEST_GROUP = 16  # of inputs that the kernel rounds together
 AT_ONCE = 300 << 20  # bytes of weights that one graph holds, about
 INT8_INPUTS = 4  # the kernel's `accuracy_level` that rounds inputs to eight bits
 INT8_ZERO = 128  # what stands for 0 among eight bits without a sign
@@ -93,8 +93,8 @@ class Graph:
 
     def product(self, x: str, *layers: QuantizedLinear) -> list[str]:
         """(B, T, K) through linear layers: (B, T, N) for each. Those of one kind are one product."""
-        group_size, length = _group_size(layers[0]), layers[0].in_features
-        if len({(type(layer), _group_size(layer)) for layer in layers}) > 1:
+        group_size, length = input_groups(layers[0]), layers[0].in_features
+        if len({(type(layer), input_groups(layer)) for layer in layers}) > 1:
             return [result for layer in layers for result in self.product(x, layer)]
         parts = [_stored(layer) for layer in layers]
         weight, scale, zero, added = (torch.cat([part[i] for part in parts]) for i in range(4))
@@ -207,10 +207,14 @@ def can_take(layer: Any) -> bool:
     return isinstance(layer, Int4Linear) or (isinstance(layer, Int8Linear) and not layer.rounds_inputs)
 
 
-def _group_size(layer: QuantizedLinear) -> int:
+def input_groups(layer: QuantizedLinear) -> int:
+    """How many inputs of a row the kernel rounds together: the layer's group, halved until a row has whole ones."""
     if isinstance(layer, Int4Linear):
         return layer.group_size
-    return next((size for size in GROUP_SIZES if layer.in_features % size == 0), GROUP_SIZES[-1])
+    size = layer.group_size
+    while layer.in_features % size and size > SMALLEST_GROUP:
+        size //= 2
+    return size
 
 
 def _stored(layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -224,7 +228,7 @@ def _stored(layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         zero = F.pad(zero, (0, zero.shape[1] % 2))
         zero = zero[:, ::2] | (zero[:, 1::2] << 4)
         return layer.packed.unflatten(1, (-1, layer.group_size // 2)), scale, zero, offset
-    group_size = _group_size(layer)
+    group_size = input_groups(layer)
     weight = layer.weight.view(torch.uint8) ^ INT8_ZERO
     if padding := -layer.in_features % group_size:
         weight = F.pad(weight, (0, padding), value=INT8_ZERO)
