@@ -145,8 +145,8 @@ def test_rows_that_cannot_be_read_are_counted_and_those_without_picture_or_text_
     )
     source = open_source(str(tmp_path / "t.jsonl"))
     assert [(fault.sample, fault.reason) for fault in source.faults] == [
-        ("line 2", "cannot be read as a row"),
-        ("line 3", "cannot be read as a row"),
+        ("line 2", "is no JSON object"),
+        ("line 3", "is no JSON object"),
     ]
     assert told(source) == [("a.jpg", ("x",)), ("line 4", ("y",)), ("c.jpg", ())]
     assert source[0].captions == ("x",)
@@ -160,7 +160,51 @@ def test_a_lone_quote_in_a_tab_separated_file_swallows_nothing(tmp_path):
     (tmp_path / "t.tsv").write_text('caption\timage\n"Hello\ta.jpg\n6" pipe\tb.jpg\nthree\tcells\tc.jpg\n')
     source = open_source(str(tmp_path / "t.tsv"))
     assert told(source) == [("a.jpg", ('"Hello',)), ("b.jpg", ('6" pipe',))]
-    assert [fault.sample for fault in source.faults] == ["line 4"]
+    assert [(fault.sample, fault.reason) for fault in source.faults] == [
+        ("line 4", "has 3 fields, where the first line has 2")
+    ]
+
+
+LATIN1 = {
+    "t.csv": b"image,caption\na.jpg,caf\xe9\nb.jpg,\xc3\xa9t\xc3\xa9\n",
+    "t.tsv": b"image\tcaption\na.jpg\tcaf\xe9\nb.jpg\t\xc3\xa9t\xc3\xa9\n",
+    "t.jsonl": b'{"image": "a.jpg", "caption": "caf\xe9"}\n{"image": "b.jpg", "caption": "\xc3\xa9t\xc3\xa9"}\n',
+    "flickr30k:t.token": b"a.jpg#0\tcaf\xe9\nb.jpg#0\t\xc3\xa9t\xc3\xa9\n",
+}
+
+
+@pytest.mark.parametrize("name", LATIN1)
+def test_a_text_that_is_no_utf8_is_left_out_and_told(tmp_path, name):
+    put(tmp_path, "b.jpg")
+    layout, colon, file = name.rpartition(":")
+    (tmp_path / file).write_bytes(LATIN1[name])
+    source = open_source(f"{layout}{colon}{tmp_path / file}")
+    assert told(source) == [("b.jpg", ("été",))]
+    (fault,) = source.faults
+    assert fault.reason == "is not UTF-8" and fault.sample in ("line 1", "line 2") and file in fault.where
+
+
+def test_a_sidecar_that_is_no_utf8_is_told(tmp_path):
+    for name in ("a", "b", "c"):
+        put(tmp_path, f"{name}.jpg")
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "b.txt").write_text("été", encoding="utf-8")
+    (tmp_path / "c.txt").write_text("x " * (1 << 20), encoding="utf-8")
+    source = open_source(str(tmp_path))
+    assert told(source) == [("a.jpg", ()), ("b.jpg", ("été",)), ("c.jpg", ())]
+    assert [(fault.sample, fault.reason) for fault in source.faults] == [
+        ("a.txt", "is not UTF-8"),
+        ("c.txt", "is too long to be the text of one picture"),
+    ]
+
+
+def test_a_table_of_another_encoding_is_named(tmp_path):
+    (tmp_path / "t.csv").write_text("image,caption\na.jpg,x\n", encoding="utf-16")
+    with pytest.raises(BadData, match=r"t.csv is UTF-16. Write it as UTF-8"):
+        open_source(str(tmp_path / "t.csv"))
+    (tmp_path / "t.csv").write_bytes(b"image,caption\na.jpg,caf\xe9\n")
+    with pytest.raises(BadData, match="no rows that can be read: line 2 is not UTF-8"):
+        open_source(str(tmp_path / "t.csv"))
 
 
 def test_a_quote_that_is_not_closed_is_told_and_swallows_no_file(tmp_path):

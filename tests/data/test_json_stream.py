@@ -60,3 +60,9 @@ def test_what_is_broken_or_cut_short_is_refused_by_name(tmp_path, text):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(MissingFile, match="There is no file"):
         list(elements(str(tmp_path / "a.json")))
+
+
+def test_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.json").write_bytes('[{"caption": "café"}]'.encode("latin-1"))
+    with pytest.raises(BadData, match="a.json is not UTF-8"):
+        list(elements(str(tmp_path / "a.json")))

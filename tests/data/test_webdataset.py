@@ -152,6 +152,8 @@ def test_doubled_keys_missing_pictures_and_texts(tmp_path):
             ("g.json", b"not json"),
             ("line\nbreak 🦁.jpg", second),
             ("line\nbreak 🦁.txt", "löwe".encode()),
+            ("h.jpg", second),
+            ("h.txt", "löwe".encode("latin-1")),
         ],
     )
     source = open_source(str(place))
@@ -164,8 +166,10 @@ def test_doubled_keys_missing_pictures_and_texts(tmp_path):
         ("a/../../f", ("outside",)),
         ("a/g", ()),
         ("a/line break 🦁", ("löwe",)),
+        ("a/h", ()),
     ]
-    assert [fault.sample for fault in source.faults] == ["a"] and "second picture" in source.faults[0].reason
+    assert [fault.sample for fault in source.faults] == ["a", "h.txt"]
+    assert "second picture" in source.faults[0].reason and source.faults[1].reason == "is not UTF-8"
     assert source[0].image == first and source[5].image == second and source[7].image == second
     reasons = {1: "but no picture", 2: "has no caption", 3: "empty file", 4: "not a picture", 6: "has no caption"}
     for number, reason in reasons.items():

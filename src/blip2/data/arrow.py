@@ -55,7 +55,7 @@ def open_saved(
     records, source = Records(), places.name_of(place)
     for number, table in enumerate(tables):
         for row, cells in _rows([table], texts):
-            assert cells is not None
+            assert not isinstance(cells, str)
             name = as_text(cells.get(roles.id)) if roles.id else ""
             records.append([number, row], record(cells, roles, name or f"{number}/{row}", source))
     return Source(place, records, ArrowPictures(place, tables, roles.image, images or place))

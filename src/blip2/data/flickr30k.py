@@ -14,7 +14,7 @@ from blip2.data.records import ByImage
 from blip2.data.source import Source
 from blip2.data.splits import refuse_split
 from blip2.data.tables import open_table
-from blip2.data.texts import as_texts
+from blip2.data.texts import NOT_UTF8, as_texts, is_utf8
 from blip2.errors import BadData
 
 
@@ -32,7 +32,9 @@ def open_flickr30k(place: str, *, images: str | None = None, split: str | None =
         for number, line in enumerate(file, start=1):
             name, tab, caption = line.rstrip("\r\n").partition("\t")
             image, mark, _ = name.rpartition("#")
-            if tab and mark and image:
+            if not is_utf8(line):
+                faults.append(Fault(f"line {number}", places.shown(place), NOT_UTF8))
+            elif tab and mark and image:
                 by_image.add(image, as_texts(caption))
             elif line.strip():
                 faults.append(Fault(f"line {number}", places.shown(place), "is not of the form NAME.jpg#0<TAB>caption"))

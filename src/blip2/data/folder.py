@@ -16,7 +16,7 @@ from blip2.data.records import Records
 from blip2.data.sample import Sample
 from blip2.data.source import Source
 from blip2.data.tables import open_table
-from blip2.data.texts import as_text, as_texts
+from blip2.data.texts import NOT_UTF8, as_text, as_texts
 from blip2.errors import BadData, MissingFile
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -76,4 +76,11 @@ def _lines(place: str, faults: list[Fault]) -> tuple[str, ...]:
     except (BadData, MissingFile):
         faults.append(Fault(places.name_of(place), places.shown(place), "cannot be read"))
         return ()
-    return as_texts(text.decode("utf-8-sig", "replace").splitlines())
+    try:
+        if len(text) <= _MOST_TEXT:
+            return as_texts(text.decode("utf-8-sig").splitlines())
+        reason = "is too long to be the text of one picture"
+    except UnicodeDecodeError:
+        reason = NOT_UTF8
+    faults.append(Fault(places.name_of(place), places.shown(place), reason))
+    return ()

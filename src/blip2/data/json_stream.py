@@ -30,6 +30,8 @@ def elements(place: str) -> Iterator[tuple[str | None, Any]]:
     with places.open_binary(place) as file:
         try:
             yield from _Parser(file).elements()
+        except UnicodeDecodeError:
+            raise BadData(f"{places.shown(place)} is not UTF-8. Write it in UTF-8: iconv -f LATIN1 -t UTF-8.") from None
         except (ValueError, RecursionError):
             raise BadData(f"{places.shown(place)} is not JSON, or it is cut short or damaged.") from None
 
@@ -39,7 +41,7 @@ class _Parser:
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("replace")
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self._json = json.JSONDecoder()
         self._text, self._at, self._is_all = "", 0, False
 

@@ -186,5 +186,5 @@ def _by_group(file: str, rows: Iterator[Row]) -> Iterator[tuple[int, int, Mappin
     group = -1
     for row, cells in rows:
         group += row == 0
-        assert cells is not None
+        assert not isinstance(cells, str)
         yield group, row, cells

@@ -4,6 +4,7 @@ A place is a string. Nothing is kept open between two calls, so that a place rea
 What a data set names as its pictures is untrusted: `below` gives no place outside the folder they are to be in.
 """
 
+import codecs
 import glob
 import hashlib
 import io
@@ -66,8 +67,19 @@ def read_bytes(place: str, *, offset: int = 0, size: int | None = None, most: in
 
 
 def open_text(place: str) -> io.TextIOWrapper:
-    """The file as text, broken characters replaced; a mark of byte order is no text."""
-    return io.TextIOWrapper(open_binary(place), encoding="utf-8-sig", errors="replace", newline="")
+    """The file as text; a mark of byte order is no text. Bytes that are not UTF-8 become single surrogates, which
+    `texts.is_utf8` sees.
+
+    Raises:
+        MissingFile, BadData: as in `open_binary`; it is UTF-16.
+    """
+    file = open_binary(place)
+    mark = file.read(2)
+    if mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        file.close()
+        raise BadData(f"{shown(place)} is UTF-16. Write it as UTF-8: iconv -f UTF-16 -t UTF-8.")
+    file.seek(0)
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def is_file(place: str) -> bool:

@@ -17,7 +17,7 @@ from blip2.data.images_folder import find_images
 from blip2.data.pictures import FilePictures
 from blip2.data.records import NO_PICTURE, ByImage
 from blip2.data.source import Source
-from blip2.data.texts import as_text, as_texts, make_question
+from blip2.data.texts import NOT_UTF8, as_text, as_texts, is_utf8, make_question
 from blip2.errors import BadData
 
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
@@ -25,7 +25,7 @@ _DELIMITERS = ",;|\t"
 _LONGEST_FIELD = 1 << 24
 _MOST_LINES = 20  # of a quoted text; more are a quotation mark that is not closed
 _NAMES_TRIED = 20
-Row = tuple[int, Mapping[str, Any] | None]  # its line, and its cells; None if it cannot be read
+Row = tuple[int, Mapping[str, Any] | str]  # its line, and its cells, or why it cannot be read
 
 
 def open_table(
@@ -59,7 +59,8 @@ def open_table(
     by_image, faults = collect(place, rows, roles, split)
     if not by_image:
         what = f"no rows of the split {split!r}" if split else "no rows that can be read"
-        raise BadData(f"{places.shown(place)} has {what}.")
+        first = f": {faults[0].sample} {faults[0].reason}" if faults else ""
+        raise BadData(f"{places.shown(place)} has {what}{first}.")
     folder = find_images(places.folder_of(place), images, by_image.names(_NAMES_TRIED), hints)
     return Source(place, by_image.records(), FilePictures(folder), faults)
 
@@ -68,8 +69,8 @@ def collect(place: str, rows: Iterable[Row], roles: Columns, split: str | None) 
     """The texts of all rows by picture, and the rows that cannot be read."""
     by_image, faults = ByImage(places.name_of(place)), []
     for line, row in rows:
-        if row is None:
-            faults.append(Fault(f"line {line}", places.shown(place), "cannot be read as a row"))
+        if isinstance(row, str):
+            faults.append(Fault(f"line {line}", places.shown(place), row))
             continue
         if split and roles.split and as_text(row.get(roles.split)) != split:
             continue
@@ -101,7 +102,7 @@ def _rows(place: str) -> tuple[Sequence[str], Iterator[Row]]:
     if suffix in (".jsonl", ".ndjson"):
         rows = _json_lines(place)
         head = list(itertools.islice(rows, 100))
-        named = dict.fromkeys(name for _, row in head if row is not None for name in row)
+        named = dict.fromkeys(name for _, row in head if not isinstance(row, str) for name in row)
         return list(named), itertools.chain(head, rows)
     return _delimited(place, is_tab=suffix == ".tsv")
 
@@ -111,11 +112,14 @@ def _json_lines(place: str) -> Iterator[Row]:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            if not is_utf8(line):
+                yield number, NOT_UTF8
+                continue
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 row = None
-            yield number, row if isinstance(row, dict) else None
+            yield number, row if isinstance(row, dict) else "is no JSON object"
 
 
 def _delimited(place: str, *, is_tab: bool) -> tuple[Sequence[str], Iterator[Row]]:
@@ -137,8 +141,8 @@ def _delimited(place: str, *, is_tab: bool) -> tuple[Sequence[str], Iterator[Row
                     cells = next(reader)
                 except StopIteration:
                     return
-                except csv.Error:
-                    yield reader.line_num, None
+                except csv.Error as error:
+                    yield reader.line_num, f"cannot be read: {error}"
                     continue
                 if reader.line_num - begin > _MOST_LINES:
                     raise BadData(
@@ -146,9 +150,15 @@ def _delimited(place: str, *, is_tab: bool) -> tuple[Sequence[str], Iterator[Row
                         f"{reader.line_num - begin} lines. Most likely a quotation mark is not closed: close it, or "
                         "write two where one is meant."
                     )
-                if cells:
+                if not cells:
+                    continue
+                if not all(map(is_utf8, cells)):
+                    yield reader.line_num, NOT_UTF8
+                elif len(cells) != len(names):
+                    yield reader.line_num, f"has {len(cells)} fields, where the first line has {len(names)}"
+                else:
                     cells = [_unquoted(cell) for cell in cells] if is_tab else cells
-                    yield reader.line_num, dict(zip(names, cells, strict=True)) if len(cells) == len(names) else None
+                    yield reader.line_num, dict(zip(names, cells, strict=True))
 
     names = next(csv.reader([first], delimiter=delimiter, quoting=quoting), [])
     return names, rows()

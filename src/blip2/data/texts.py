@@ -12,7 +12,13 @@ from typing import Any
 
 from blip2.data.sample import Question
 
+NOT_UTF8 = "is not UTF-8"  # why a text is left out
 _FIELDS_OF_TEXT = ("answer", "caption", "raw", "text", "phrase")  # of an object that stands for a text
+
+
+def is_utf8(text: str) -> bool:
+    """Whether no byte of it was none of UTF-8's: those come as single surrogates from `places.open_text`."""
+    return text.isascii() or not any("\udc80" <= letter <= "\udcff" for letter in text)
 
 
 def as_text(value: Any) -> str:

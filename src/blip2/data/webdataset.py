@@ -28,10 +28,10 @@ from blip2.data.records import Records, encode
 from blip2.data.sample import Question, Sample
 from blip2.data.source import Source
 from blip2.data.splits import choose_split, refuse_split
-from blip2.data.texts import as_text, as_texts, make_question
+from blip2.data.texts import NOT_UTF8, as_text, as_texts, make_question
 from blip2.errors import BadData, MissingFile
 
-VERSION = 1
+VERSION = 2
 _TEXTS = (".txt", ".text", ".caption")
 _MOST_TEXT = 1 << 20  # bytes of a text or JSON member
 _INDEX_AT_ONCE = 8  # archives, in processes
@@ -137,7 +137,10 @@ def _go_through(archive: str, size: int) -> tuple[list[bytes], list[Fault]]:
                     continue
                 found.image, found.has_image = (member.offset_data, member.size), True
             elif suffix.endswith(_TEXTS) and found.text is None:
-                found.text = data.decode("utf-8", "replace")
+                try:
+                    found.text = data.decode("utf-8-sig")
+                except UnicodeDecodeError:
+                    faults.append(Fault(as_text(member.name), places.shown(archive), NOT_UTF8))
             elif suffix.endswith(".json") and not found.notes:
                 found.notes = _object(data)
     stem = places.name_of(archive).removesuffix(".tar")
