@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from blip2.errors import UserError
+
 PATIENCE = datetime.timedelta(hours=2)  # of a collective: one rank may be evaluating or loading; hangs are watched for
 
 
@@ -60,7 +62,13 @@ def joined() -> Iterator[None]:
 
 
 def launch_again(processes: int) -> None:
-    """Becomes torchrun, which starts this command so many times on this machine; does not return."""
+    """Becomes torchrun, which starts this command so many times on this machine; does not return.
+
+    Raises:
+        UserError: there are GPUs, but not as many.
+    """
+    if 0 < (there := torch.cuda.device_count()) < processes:
+        raise UserError(f"--devices is {processes}, and this machine has {there} GPUs.")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     os.execv(sys.executable, [*torchrun, "-m", "blip2", *sys.argv[1:]])
 

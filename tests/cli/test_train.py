@@ -1,10 +1,17 @@
-"""blip2 train: what it prints and what it refuses, before anything is trained."""
+"""blip2 train: what it prints and refuses before anything is trained, and how a run that was stopped leaves."""
 
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
+from training.tiny_blip2 import make_parts, tiny_recipe
 
 from blip2.cli import main
+from blip2.training.progress import read_metrics
+from blip2.training.recipe import apply_overrides, to_yaml
 
 RECIPE = """
 stage: stage1
@@ -68,3 +75,39 @@ def test_a_wrong_setting_is_refused_in_one_line_with_exit_code_2(monkeypatch, ca
 def test_an_unknown_recipe_is_refused_with_the_known_ones(monkeypatch, capsys):
     assert blip2(monkeypatch, "train", "mini/stage9") == 2
     assert "There is no built-in recipe 'mini/stage9'" in capsys.readouterr().err
+
+
+def test_a_batch_that_cannot_be_dealt_out_is_refused_before_processes_are_started(monkeypatch, capsys, recipe_file):
+    monkeypatch.setattr("blip2.distributed.launch_again", lambda devices: pytest.fail("processes were started"))
+    assert blip2(monkeypatch, "train", recipe_file, "--devices", "3") == 2
+    assert "training.batch_size 4 in 1 parts cannot be dealt to 3 processes" in capsys.readouterr().err
+
+
+def test_more_gpus_than_there_are_are_refused(monkeypatch, capsys, recipe_file):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("os.execv", lambda *command: pytest.fail("processes were started"))
+    assert blip2(monkeypatch, "train", recipe_file, "--devices", "4") == 2
+    assert "--devices is 4, and this machine has 2 GPUs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("stop", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_run_that_was_stopped_says_so_by_its_exit_code(tmp_path, stop, code):
+    (tmp_path / "parts").mkdir()
+    make_parts(tmp_path / "parts")
+    recipe = apply_overrides(tiny_recipe(tmp_path / "parts", "stage1", steps=100_000), ["training.log_every=1"])
+    (tmp_path / "tiny.yaml").write_text(to_yaml(recipe))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "blip2", "train", str(tmp_path / "tiny.yaml"), "--out", str(tmp_path / "run")],
+        env=os.environ | {"BLIP2_HOME": str(tmp_path / "home")},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not read_metrics(tmp_path / "run"):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.Signals[stop])
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == code, told
+    assert f"Stopped by {stop} after step" in told and "Run the same command again" in told
+    assert "Traceback" not in told

@@ -64,5 +64,5 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_another_encoding_is_named(tmp_path):
     (tmp_path / "a.json").write_bytes('[{"caption": "café"}]'.encode("latin-1"))
-    with pytest.raises(BadData, match="a.json is not UTF-8"):
+    with pytest.raises(BadData, match=r"a\.json is not UTF-8"):
         list(elements(str(tmp_path / "a.json")))

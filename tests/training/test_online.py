@@ -164,3 +164,17 @@ def test_bad_samples_of_a_whole_epoch_are_named_exactly(root, tmp_path):
     damage = [fault for fault in named if fault["sample"].rsplit("/", 1)[-1] not in bad]
     assert len(samples) == len(bad) and len(named) == len(bad) + len(damage)
     assert damage and all("pairs-00000.tar" in fault["where"] for fault in damage)
+
+
+def test_other_texts_than_the_run_was_begun_with_are_told(tmp_path, capsys):
+    (tmp_path / "parts").mkdir()
+    root = spoilt_parts(tmp_path / "parts", [])
+    for steps in (2, 3, 4):
+        recipe = recipe_of(root, "stage1", f"training.steps={steps}")
+        capsys.readouterr()
+        train(build_in(root, recipe, tmp_path / "run"), recipe, tmp_path / "run")
+        assert ("train holds other samples than up to now" in capsys.readouterr().err) == (steps == 4)
+        if steps == 3:
+            samples = [picture(number) for number in range(12)]
+            samples[5] = dataclasses.replace(samples[5], captions=("something else",))
+            write_manifest(root / "pictures", "pictures", {"train": write_split(root / "pictures", "train", samples)})

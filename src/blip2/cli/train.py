@@ -1,6 +1,7 @@
 """blip2 train: a training run from a recipe, resumed where it stood."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -32,11 +33,11 @@ def train(
     """Train a model by a recipe.
 
     A run that was stopped, even by a crash, goes on when the same command is run again; the result is that of an
-    uninterrupted run. SIGTERM, SIGUSR1 and Ctrl-C save and leave.
+    uninterrupted run. SIGTERM, SIGUSR1 and Ctrl-C save and leave; the exit code is then the signal's (130 for Ctrl-C).
 
     On several GPUs: --devices 8. On several machines: torchrun (its options) -m blip2 train RECIPE.
     """
-    from blip2.training.recipe import apply_overrides, read_recipe, to_yaml
+    from blip2.training.recipe import apply_overrides, check_ranks, read_recipe, to_yaml
 
     flags = {
         "data.folder": None if data is None else str(data.resolve() if data.exists() else data),
@@ -53,6 +54,7 @@ def train(
     from blip2 import distributed, paths
 
     if devices and devices > 1 and not distributed.is_launched():
+        check_ranks(chosen, devices)
         distributed.launch_again(devices)
 
     from blip2.training import loop
@@ -61,4 +63,6 @@ def train(
     run_dir = out or paths.runs_dir() / chosen.name
     run_dir.mkdir(parents=True, exist_ok=True)
     with distributed.joined():
-        loop.train(build(chosen, run_dir), chosen, run_dir, resume)
+        summary = loop.train(build(chosen, run_dir), chosen, run_dir, resume)
+    if summary.stopped_by and not distributed.is_launched():  # torchrun says so itself
+        raise typer.Exit(128 + signal.Signals[summary.stopped_by])

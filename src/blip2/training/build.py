@@ -20,9 +20,10 @@ from blip2.training.job import Job
 from blip2.training.lora import add_adapters
 from blip2.training.memory import keep_freed_memory
 from blip2.training.parts import FrozenParts, frozen_dtype, load_language_model, load_parts
+from blip2.training.recipe import check_ranks
 from blip2.training.sections import Recipe, TrainingSection
 from blip2.training.sharding import compute_activations_again, shard_frozen_parts
-from blip2.training.sources import count_texts, held_out, make_source
+from blip2.training.sources import count_texts, held_out, make_source, texts_sha256
 from blip2.training.stage1 import Sentences, Stage1Step
 from blip2.training.stage2 import Stage2Step
 from blip2.training.starting import found_start, start_from
@@ -46,7 +47,7 @@ def build(recipe: Recipe, run_dir: Path) -> Job:
     keep_freed_memory()
     use_threads(recipe.training.threads)
     torch.manual_seed(recipe.seed)
-    _check_ranks(recipe)
+    check_ranks(recipe, world_size())
     with first_goes_first():  # it fetches what is not there yet
         parts = load_parts(recipe)
         if recipe.model.init_from is not None:
@@ -63,23 +64,10 @@ def build(recipe: Recipe, run_dir: Path) -> Job:
     reader = ItemReader(sources, recipe.data, recipe.seed)
     torch.manual_seed(recipe.seed)  # what data draws must not decide the bridge's start
     job = _stage1_job if recipe.stage == "stage1" else _stage2_job
-    return job(recipe, parts, reader, faults)
-
-
-def _check_ranks(recipe: Recipe) -> None:
-    """Whether a batch can be dealt to the ranks in equal parts.
-
-    Raises:
-        BadRecipe: it cannot.
-    """
-    training = recipe.training
-    for name, count in (("batch_size", training.batch_size), ("answer_samples", training.answer_samples)):
-        part = count // training.accumulation
-        if part % world_size():
-            raise BadRecipe(
-                f"training.{name} {count} in {training.accumulation} parts cannot be dealt to {world_size()} "
-                "processes: choose a multiple of accumulation times processes."
-            )
+    made = job(recipe, parts, reader, faults)
+    named = zip(recipe.data.mixture, sources, strict=True)
+    made.texts = {item.source or str(item.split): texts_sha256(source.samples) for item, source in named}
+    return made
 
 
 # Stage 1

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ class Job:
         workers: processes that read batches ahead, where that is much work; None: a thread does.
         leaves_some_out: whether a step may leave a trainable parameter without gradient.
         is_sharded: whether the module's frozen parts are dealt out to the ranks, so that none can compute alone.
+        texts: name of a source -> hash of what it says; kept in checkpoints, so that a change is told.
     """
 
     module: nn.Module
@@ -45,6 +46,7 @@ class Job:
     workers: int | None = None
     leaves_some_out: bool = False
     is_sharded: bool = False
+    texts: Mapping[str, str] = field(default_factory=dict)
 
     @contextmanager
     def reading(self, first: int, end: int, accumulation: int) -> Iterator[Iterator["StepParts"]]:
@@ -81,6 +83,7 @@ class Summary:
         skipped: steps that changed nothing, since loss or gradient were not finite.
         checkpoint: the last one.
         metrics: of the last evaluation, else of the last log line.
+        stopped_by: the signal that ended it before its time, or nothing.
     """
 
     step: int
@@ -88,3 +91,4 @@ class Summary:
     skipped: int
     checkpoint: Path
     metrics: Metrics
+    stopped_by: str = ""

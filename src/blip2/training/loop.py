@@ -101,6 +101,7 @@ class Run:
         notices = fetched(run_dir, training.mirror) if resume == "auto" else []
         distributed.wait_for_all()
         start = checkpoints.choose_start(run_dir, resume)
+        self._changed: list[str] = []  # sources that say other things than when the run was begun
         notices += check_same_recipe(start, recipe, run_dir, resume) if start else []
         self.counters = Counters() if start is None else self._take_up(start)
         module = replicate(job.module, leaves_some_out=job.leaves_some_out)
@@ -292,6 +293,8 @@ class Run:
         if self.average:
             self.average.restore(checkpoints.load_average(checkpoint) or checkpoints.trainable_state(self.job.module))
         saved = checkpoints.read_state(checkpoint)
+        texts = saved.get("texts") or {}
+        self._changed = sorted(name for name, told in self.job.texts.items() if texts.get(name, told) != told)
         if self.job.faults and saved.get("faults"):
             self.job.faults.load_state_dict(saved["faults"])
         return Counters(**saved["counters"])
@@ -310,6 +313,7 @@ class Run:
             "counters": dataclasses.asdict(self.counters),
             "ranks": distributed.world_size(),
             "faults": self.job.faults.state_dict() if self.job.faults else None,
+            "texts": dict(self.job.texts),
             "recipe": to_settings(self.recipe),
         }
         average = self.average.state() if self.average else None
@@ -362,6 +366,7 @@ class Run:
             skipped=counters.skipped,
             checkpoint=path,
             metrics=self.metrics,
+            stopped_by=stop.asked if counters.step < steps and not is_early else "",
         )
 
     def _opening(self, start: Path | None) -> Iterator[str]:
@@ -373,6 +378,8 @@ class Run:
         yield f"Into {self.run_dir}"
         if start:
             yield f"Going on from {start} (step {self.counters.step} of {training.steps})"
+        for name in self._changed:
+            yield f"{name} holds other samples than up to now: the run goes on with them, and is another than was begun"
         if optimizer.warmup_steps >= training.steps:
             peak = learning_rate(training.steps - 1, optimizer, training.steps)
             yield f"The warm-up ({optimizer.warmup_steps} steps) outlasts the run: the learning rate ends at {peak:.2g}"

@@ -125,6 +125,22 @@ def apply_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:
     return recipe_from_settings(settings, "--set")
 
 
+def check_ranks(recipe: Recipe, ranks: int) -> None:
+    """Whether a batch can be dealt to so many processes in equal parts.
+
+    Raises:
+        BadRecipe: it cannot.
+    """
+    training = recipe.training
+    for name, count in (("batch_size", training.batch_size), ("answer_samples", training.answer_samples)):
+        part = count // training.accumulation
+        if part % ranks:
+            raise BadRecipe(
+                f"training.{name} {count} in {training.accumulation} parts cannot be dealt to {ranks} "
+                "processes: choose a multiple of accumulation times processes."
+            )
+
+
 def _put(settings: Any, path: list[str], value: Any) -> None:
     """Sets one value deep inside nested dicts and lists."""
     for name in path[:-1]:

@@ -4,9 +4,10 @@ data.folder + split      our own shards                 blip2 data build, blip2 
 source (+ split ...)     data where and as it lies      docs/how-to/data.md
 """
 
+import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -294,6 +295,14 @@ def _progress(what: str) -> Callable[[int, int], None]:
             print(f"{what}: {done:,} of {total:,}, {now - begin:.0f} s", file=sys.stderr)
 
     return report
+
+
+def texts_sha256(samples: Iterable[Sample]) -> str:
+    """One hash of all names, captions and questions in their order."""
+    hashed = hashlib.sha256()
+    for sample in samples:
+        hashed.update(repr((sample.id, sample.captions, sample.questions)).encode("utf-8", "surrogatepass"))
+    return hashed.hexdigest()
 
 
 def count_texts(sources: Sequence[Source]) -> Iterator[str]:
