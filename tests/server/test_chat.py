@@ -159,6 +159,25 @@ def test_an_answer_that_a_filter_refuses_is_cut_and_a_request_is_not_asked(tiny_
         ({"messages": [assistant("a")]}, 400, "The last message must be the user's"),
         ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages"),
         ({"messages": [user("https://example.org/a.png")]}, 400, "There is no picture"),
+        ({"stop": list("abcde")}, 400, "stop: List should have at most 4 items"),
+        ({"min_tokens": 9, "max_tokens": 5}, 400, "min_tokens is 9, and at most 5 are written"),
+        ({"stream_options": {"include_usage": True}}, 400, "stream_options has no effect without stream"),
+        ({"messages": [{"role": "user"}]}, 400, "messages[0].content: Field required"),
+        ({"messages": [{"role": "user", "content": 3}]}, 400, "messages[0].content: "),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 400, "messages[0].content[0].text: Field"),
+        ({"messages": [{"role": "user", "content": [{"type": "a"}]}]}, 400, "messages[0].content[0]: Input tag 'a'"),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, 400, "messages[0].content[0]: Unable to"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": 3}}]}]},
+            400,
+            "messages[0].content[0].image_url.url: Input should be a valid string",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            400,
+            "messages[0].content[0].image_url.url: Field required",
+        ),
+        ({"messages": [user("what ?") | {"nme": "a"}]}, 400, "messages[0].nme: is not a field"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(served, images, change, status, message):
@@ -166,6 +185,19 @@ def test_what_cannot_be_honoured_is_refused(served, images, change, status, mess
     answer = served.send("/v1/chat/completions", body)
     assert answer.status == status and message in answer.message
     assert answer.json["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_what_clients_send_besides_is_taken(served, alone, images):
+    expected = alone.ask(images[0], ASKED, max_new_tokens=20)
+    url = data_uri(images[0])
+    head, comma, written = url.partition(",")
+    in_lines = "\r\n".join(written[place : place + 76] for place in range(0, len(written), 76))
+    turn = user(images[0], ASKED)
+    turn["content"][0]["image_url"]["url"] = head + comma + in_lines
+    assert served.chat(turn, max_tokens=20).content == expected
+    refused = {"role": "assistant", "content": None, "refusal": "no"}
+    assert served.chat(user(images[0], "what ?"), refused, user(ASKED), max_tokens=20).content == expected
+    assert served.chat(user(images[0], ASKED), max_tokens=20, temperature=1e-5, top_p=0.5).content == expected
 
 
 def test_openais_client_works_unmodified(served, alone, images):

@@ -183,7 +183,7 @@ TOO_MUCH = {
     **{f"max_tokens {n}": one_turn(max_tokens=n) for n in (0, -1, 513, 10**6, 10**9, 2**63, 10**400)},
     "min_tokens": one_turn(min_tokens=9, max_tokens=8),
     "two maxima": one_turn(max_tokens=3, max_completion_tokens=4),
-    **{f"temperature {t}": one_turn(temperature=t) for t in (-0.1, 2.1, 1e-9, 1e300)},
+    **{f"temperature {t}": one_turn(temperature=t) for t in (-0.1, 2.1, 1e300)},
     **{f"top_p {p}": one_turn(top_p=p) for p in (0, -1, 1.1, 1e-30)},
     **{f"penalty {p}": one_turn(repetition_penalty=p) for p in (0, 0.4, 2.1, -1)},
     "picture 0": one_turn(messages=[about(PNG)["messages"][0] | {"image": 0}]),

@@ -122,9 +122,9 @@ def _read_turn(message: UserMessage, pictures: list[str], latest: int) -> tuple[
     return number, latest, text
 
 
-def _text(content: str | Sequence[TextPart | ImagePart]) -> str:
-    if isinstance(content, str):
-        return content.strip()
+def _text(content: str | Sequence[TextPart | ImagePart] | None) -> str:
+    if content is None or isinstance(content, str):
+        return (content or "").strip()
     return "\n".join(part.text for part in content if isinstance(part, TextPart)).strip()
 
 
@@ -132,7 +132,7 @@ def _check_size(messages: Sequence[Turn], settings: ServerSettings) -> None:
     limits = settings.limits
     if len(messages) > limits.messages:
         raise Fault(400, f"There are {len(messages)} messages; at most {limits.messages} are read.", param="messages")
-    parts = [part for message in messages if not isinstance(message.content, str) for part in message.content]
+    parts = [part for message in messages if isinstance(message.content, list) for part in message.content]
     num_pictures = sum(isinstance(part, ImagePart) for part in parts)
     if num_pictures > limits.images:
         raise Fault(400, f"There are {num_pictures} pictures; at most {limits.images} are read.", param="messages")

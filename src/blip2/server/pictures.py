@@ -45,6 +45,7 @@ def _decode(url: str, number: int) -> bytes:
     if head is None:
         raise Fault(400, f"Picture {number} is no data URI in base64: data:image/jpeg;base64,...", param="messages")
     try:
-        return base64.b64decode(url[head.end() :].encode("ascii"), validate=True)
+        written = url[head.end() :].encode("ascii").translate(None, b"\r\n")  # base64 of a shell comes in lines
+        return base64.b64decode(written, validate=True)
     except (binascii.Error, UnicodeEncodeError):
         raise Fault(400, f"Picture {number} is not written in base64.", param="messages") from None

@@ -24,6 +24,7 @@ from blip2.server.service import Service, unless_gone
 from blip2.server.texts import WrittenText
 
 DEFAULT_TOKENS = 64  # of an answer, where the request names no number
+LEAST_TEMPERATURE = 1e-3  # below that the likeliest words are taken, as at 0
 
 
 def chat_routes(service: Service) -> APIRouter:
@@ -98,6 +99,8 @@ class Chat:
         body, limits = self.body, self.service.settings.limits
         if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
             raise Fault(400, "max_tokens and max_completion_tokens differ. Give one of them.", param="max_tokens")
+        if body.stream_options is not None and body.stream_options.include_usage and not body.stream:
+            raise Fault(400, "stream_options has no effect without stream. Leave it out.", param="stream_options")
         if "" in self._stops:
             raise Fault(400, "A stop text is empty.", param="stop")
         wanted = body.max_completion_tokens or body.max_tokens
@@ -105,22 +108,26 @@ class Chat:
             raise Fault(400, f"At most {limits.max_tokens} tokens are written at once.", param="max_tokens")
         if (body.n or 1) > limits.choices:
             raise Fault(400, f"n is {body.n}; at most {limits.choices} answers are given.", param="n")
-        options = DecodingOptions(max_new_tokens=wanted or min(DEFAULT_TOKENS, limits.max_tokens))
+        most = wanted or min(DEFAULT_TOKENS, limits.max_tokens)
+        options = DecodingOptions(max_new_tokens=most)
         if body.min_tokens is not None:
+            if body.min_tokens > most:
+                message = f"min_tokens is {body.min_tokens}, and at most {most} are written. Raise max_tokens."
+                raise Fault(400, message, param="min_tokens")
             options["min_new_tokens"] = body.min_tokens
         if body.repetition_penalty is not None:
             options["repetition_penalty"] = body.repetition_penalty
-        is_drawn = (body.temperature or 0) > 0 or (body.temperature is None and body.top_p not in (None, 1.0))
-        if is_drawn:
+        if self._is_by_chance:
             options |= {"sample": True, "temperature": body.temperature or 1.0, "top_p": body.top_p or 1.0}
-        count = self._num_candidates(question, is_drawn)
+        count = self._num_candidates(question)
         return make_candidates(options, count) if count > 1 else make_decoding(options)
 
-    def _num_candidates(self, question: Question, is_drawn: bool) -> int:
-        """How many captions are made to choose from; 1 for what is no caption, and for streams, which cannot wait."""
+    def _num_candidates(self, question: Question) -> int:
+        """How many captions are made to choose from, where nobody says: 1 for what is no caption, for streams, which
+        cannot wait, for words drawn by chance, and beside stop texts, for all would be written past them."""
         asked, limit = self.body.best_of, self.service.settings.limits.candidates
         if asked is None:
-            if question.text or self.body.stream or is_drawn or self._stops:
+            if question.text or self.body.stream or self._is_by_chance or self._stops:
                 return 1
             return min(self.service.model.settings.caption_best_of, limit) if self.service.model.can_match else 1
         if asked > 1 and (question.text or self.body.stream):
@@ -200,7 +207,8 @@ class Chat:
 
     @property
     def _is_by_chance(self) -> bool:
-        return (self.body.temperature or 0) > 0 or self.body.top_p not in (None, 1.0)
+        temperature, top_p = self.body.temperature, self.body.top_p
+        return top_p not in (None, 1.0) if temperature is None else temperature >= LEAST_TEMPERATURE
 
 
 class _Stream(StreamingResponse):

@@ -73,7 +73,7 @@ def _texts(service: Service, given: str | Sequence[str], param: str) -> list[str
 
 
 def _only_picture(messages: Messages) -> str:
-    parts = [part for message in messages if not isinstance(message.content, str) for part in message.content]
+    parts = [part for message in messages if isinstance(message.content, list) for part in message.content]
     pictures = [part for part in parts if isinstance(part, ImagePart)]
     if len(messages) != 1 or len(parts) != 1 or len(pictures) != 1:
         raise Fault(400, "A vector is that of one picture: give one user message with one image_url.", param="messages")

@@ -68,12 +68,12 @@ class UserMessage(Strict):
 
 
 class AssistantMessage(Strict):
-    """What was answered."""
+    """What was answered; nothing, where it was a refusal or a call of tools."""
 
     role: Literal["assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=64)] | None = None
     name: ShortText | None = None
-    refusal: Nothing = None
+    refusal: ShortText | None = None
     audio: Nothing = None
     function_call: Nothing = None
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -110,6 +110,7 @@ class ChatRequest(ModelRequest):
     Attributes:
         temperature, top_p: draw words by chance; without them, or at temperature 0, the likeliest are taken.
         repetition_penalty, min_tokens: as vLLM has them.
+        stream_options: only beside `stream`.
         best_of: of a caption: how many are made, of which the one most similar to the picture is given.
     """
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import json
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -133,16 +134,41 @@ def _parse(body: bytes, schema: type[Schema]) -> Schema:
         return schema.model_validate_json(body)
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False, include_context=False)
-        first = max(found, key=lambda one: len(one["loc"]))  # of a union's branches the one that fits best
-        place = ".".join(str(step) for step in first["loc"] if not _is_internal(step))
+        # of a union's branches the one that fits best: that goes deepest, and of these one of the right kind
+        first = max(found, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
+        place = _place(body, first["loc"], is_there=first["type"] not in ("missing", "union_tag_not_found"))
         what = "is not a field of this request" if first["type"] == "extra_forbidden" else first["msg"]
         message = f"{place}: {what}" if place else f"The body is no JSON that can be read: {_short(what)}"
         raise Fault(400, f"{message[:300]}.", param=place[:100] or None) from None
 
 
-def _is_internal(step: Any) -> bool:
-    """Whether a step of a place is pydantic's name for a branch of a union, which nobody wrote."""
-    return isinstance(step, str) and ("[" in step or step in {"str", "constrained-str"})
+def _place(body: bytes, steps: Sequence[str | int], *, is_there: bool) -> str:
+    """`messages[0].content[1].text` of pydantic's steps, of which some name branches of unions, which nobody wrote.
+
+    Of all ways through the body that leave steps out it is the one that ends with the last step (a new name in what is
+    there, if the fault is that it is missing) and else leaves out the fewest.
+    """
+    ways: list[tuple[bool, int, str]] = []  # whether the last step is left out, how many are, the place
+
+    def go_on(here: Any, at: int, left_out: int, place: str) -> None:
+        if at == len(steps):
+            ways.append((True, left_out, place))
+            return
+        step, is_last = steps[at], at == len(steps) - 1
+        with contextlib.suppress(KeyError, IndexError, TypeError):
+            inner, longer = here[step], f"{place}[{step}]" if isinstance(step, int) else f"{place}.{step}"
+            if is_last:
+                ways.append((False, left_out, longer))
+            else:
+                go_on(inner, at + 1, left_out, longer)
+        if is_last and not is_there and isinstance(here, dict) and step not in here:
+            ways.append((False, left_out, f"{place}.{step}"))
+        go_on(here, at + 1, left_out + 1, place)
+
+    if steps:
+        with contextlib.suppress(ValueError, RecursionError):  # it was read once, by a parser with other bounds
+            go_on(json.loads(body), 0, 0, "")
+    return min(ways)[2].removeprefix(".") if ways else ""
 
 
 def _short(text: str) -> str:
