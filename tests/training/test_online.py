@@ -178,3 +178,43 @@ def test_other_texts_than_the_run_was_begun_with_are_told(tmp_path, capsys):
             samples = [picture(number) for number in range(12)]
             samples[5] = dataclasses.replace(samples[5], captions=("something else",))
             write_manifest(root / "pictures", "pictures", {"train": write_split(root / "pictures", "train", samples)})
+
+
+@pytest.mark.parametrize(("stage", "measure"), [("stage1", "r1"), ("stage2", "cider"), ("instruct", "vqa")])
+def test_a_run_is_judged_by_a_table_whose_pictures_lie_elsewhere(root, tmp_path, stage, measure):
+    (tmp_path / "elsewhere").mkdir()
+    rows = []
+    for number in range(4):
+        sample = picture(number)
+        (tmp_path / "elsewhere" / f"{number}.png").write_bytes(sample.image)
+        question = {"question": "what colour ?", "answers": ["red", "green"]} if stage == "instruct" else {}
+        rows.append({"photo": f"{number}.png", "caption": sample.captions[0], **question})
+    rows += [{"photo": "gone.png", "caption": "x"}, {"photo": "0.png", "caption": ""}]
+    (tmp_path / "val.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    judged = {
+        "source": str(tmp_path / "val.jsonl"),
+        "images": str(tmp_path / "elsewhere"),
+        "columns": {"image": "photo"},
+    }
+    name = f"{tmp_path / 'val.jsonl'}/{measure}"
+    recipe = recipe_of(
+        root, stage, f"data.validation=[{json.dumps(judged)}]", f"training.best_metric={name}", "data.stop_share=1.0"
+    )
+    summary = train(build_in(root, recipe, tmp_path / "run"), recipe, tmp_path / "run")
+    assert name in summary.metrics
+    with pytest.raises(BadRecipe, match=f"evaluations give no val/r2; they give .*{measure}"):
+        build_in(root, apply_overrides(recipe, ["training.best_metric=val/r2"]), tmp_path / "other")
+
+
+def test_what_stage_1_cannot_be_judged_by_is_named(root, tmp_path):
+    (tmp_path / "0.png").write_bytes(picture(0).image)
+    (tmp_path / "val.jsonl").write_text(json.dumps({"image": "0.png", "question": "what ?", "answer": "a cup"}))
+    recipe = recipe_of(root, "stage1", f"data.validation=[{tmp_path / 'val.jsonl'}]")
+    with pytest.raises(BadRecipe, match=r"data.validation: .*val.jsonl has no captions\."):
+        build_in(root, recipe, tmp_path / "run")
+    recipe = recipe_of(root, "stage1", "training.best_metric=val/r1")
+    with pytest.raises(BadRecipe, match=r"they give nothing, for data\.validation is empty"):
+        build_in(root, recipe, tmp_path / "run")
+    recipe = recipe_of(root, "stage1", "training.batch_size=1")
+    with pytest.raises(BadRecipe, match=r"at least twice training\.accumulation"):
+        build_in(root, recipe, tmp_path / "run")

@@ -46,6 +46,15 @@ def test_a_resolved_recipe_reads_as_the_same_recipe(recipe, with_help):
     assert parse_recipe(to_yaml(recipe, with_help), "again.yaml") == recipe
 
 
+def test_what_a_run_is_judged_by_has_a_name_or_settings(recipe):
+    chosen = apply_overrides(recipe, ["data.validation=[val, {source: a.csv, images: pictures, columns: {image: b}}]"])
+    name, item = chosen.data.validation
+    assert name == "val" and (item.source, item.images, item.columns) == ("a.csv", "pictures", {"image": "b"})
+    for text in (to_yaml(chosen), to_yaml(chosen, with_help=True)):
+        assert parse_recipe(text, "again.yaml") == chosen
+    assert recipe_from_settings(to_settings(chosen), "state.json") == chosen
+
+
 def test_settings_as_kept_in_a_checkpoint_read_as_the_same_recipe(recipe):
     assert recipe_from_settings(to_settings(recipe), "state.json") == recipe
 
@@ -78,6 +87,16 @@ def test_help_stands_above_each_setting(recipe):
         ("name: trial", "name: trial\nmodel: {language: null}", "stage2 trains for a language model"),
         ("optimizer: {", "optimizer: 3\nunused: {", "optimizer is 3: it should hold settings of its own."),
         ("name: trial", "name: [", "line 5: "),
+        ("name: trial", "name: ../../x", "name is '../../x': give one that the folder of the run can have"),
+        ("name: trial", "name: ''", "name is ''"),
+        ("1e-4", "1e-6", "min_learning_rate 1e-05 is above learning_rate 1e-06: lower it"),
+        ("data:", "data:\n  validation: [3]", "data.validation.0 is 3: input should be a valid string"),
+        (
+            "data:",
+            "data:\n  validation: [{source: a.csv, image: b}]",
+            "data.validation.0.image is no setting; did you mean data.validation.0.images?",
+        ),
+        ("data:", "data:\n  validation: [{images: b}]", "data.validation.0: give a split of data.folder, or a source"),
         (GOOD, "just words", "trial.yaml holds no settings"),
     ],
 )

@@ -66,14 +66,29 @@ def build(recipe: Recipe, run_dir: Path) -> Job:
     job = _stage1_job if recipe.stage == "stage1" else _stage2_job
     made = job(recipe, parts, reader, faults)
     named = zip(recipe.data.mixture, sources, strict=True)
-    made.texts = {item.source or str(item.split): texts_sha256(source.samples) for item, source in named}
+    made.texts = {item.name: texts_sha256(source.samples) for item, source in named}
+    _check_best_metric(recipe, made)
     return made
+
+
+def _check_best_metric(recipe: Recipe, job: Job) -> None:
+    """Raises BadRecipe where no evaluation gives what the best checkpoint is to be chosen by."""
+    given = [name for _, evaluator in job.evaluators for name in getattr(evaluator, "gives", ())]
+    wanted = recipe.training.best_metric
+    if wanted is not None and wanted not in given:
+        there = ", ".join(given) or "nothing, for data.validation is empty"
+        raise BadRecipe(f"training.best_metric: evaluations give no {wanted}; they give {there}.")
 
 
 # Stage 1
 
 
 def _stage1_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader, faults: FaultLog) -> Job:
+    if recipe.training.micro_batch_size < 2:
+        raise BadRecipe(
+            "stage1 tells a pair apart from the others that are computed with it: training.batch_size must be at least "
+            "twice training.accumulation."
+        )
     model = Blip2Stage1(_vision(recipe, parts), parts.config)
     load_text_weights(model, parts.text_init.state_dict)
     training = recipe.training

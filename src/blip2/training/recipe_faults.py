@@ -13,7 +13,7 @@ def explain(error: Any, known: Sequence[str]) -> str:
         error: as `ValidationError.errors()` gives it.
         known: paths of all settings.
     """
-    path = ".".join(str(part) for part in error["loc"])
+    path = ".".join(str(part) for part in error["loc"] if not str(part).startswith("<"))  # marks of branches
     match error["type"]:
         case "unexpected_keyword_argument":
             return f"{path} is no setting{hint_at_setting(path, known)}"
@@ -47,6 +47,13 @@ def setting_paths(section: Any, prefix: str = "") -> Iterator[str]:
             yield from setting_paths(field.annotation, f"{prefix}{name}.")
             continue
         yield f"{prefix}{name}"
-        for item in get_args(field.annotation):
-            if dataclasses.is_dataclass(item):
+        for item in _within(field.annotation):
+            if isinstance(item, type) and dataclasses.is_dataclass(item):
                 yield from setting_paths(item, f"{prefix}{name}.0.")
+
+
+def _within(annotation: Any) -> Iterator[Any]:
+    """All that a type is made of."""
+    for part in get_args(annotation):
+        yield part
+        yield from _within(part)

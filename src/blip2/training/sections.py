@@ -3,9 +3,10 @@
 What a section says of a field is what `blip2 train NAME --show` prints above it.
 """
 
+from pathlib import PurePath
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic.dataclasses import dataclass
 
 from blip2.preprocessing.prompts import CAPTION_INSTRUCTION, CAPTION_PROMPT, QUESTION_PROMPT
@@ -69,8 +70,8 @@ class ModelSection:
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class MixtureItem:
-    """One source of training samples."""
+class DataItem:
+    """Where samples come from."""
 
     split: str | None = None
     """A split of the data set folder, or of the source where that has several."""
@@ -81,6 +82,23 @@ class MixtureItem:
     """Folder of the source's pictures, where that is another."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Columns of a table whose names are not the usual ones, such as {image: file, caption: alt}."""
+
+    @model_validator(mode="after")
+    def _says_where_from(self) -> "DataItem":
+        if self.split is None and self.source is None:
+            raise ValueError("give a split of data.folder, or a source of your own")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return self.source or self.split or ""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class MixtureItem(DataItem):
+    """One source of training samples."""
+
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Share of the samples, relative to the other items."""
     task: Literal["caption", "question"] = "caption"
@@ -93,16 +111,16 @@ class MixtureItem:
     flip: bool = False
     """Mirror half of the varied views; wrong where texts speak of left and right."""
 
-    @model_validator(mode="after")
-    def _says_where_from(self) -> "MixtureItem":
-        if self.split is None and self.source is None:
-            raise ValueError("give a split of data.folder, or a source of your own")
-        return self
 
-    @property
-    def name(self) -> str:
-        """What messages call it."""
-        return self.source or self.split or ""
+def _kind_of(entry: Any) -> str:
+    """Which branch of `Held` an entry is; recipe_faults leaves these marks out of a setting's path."""
+    return "<item>" if isinstance(entry, dict | DataItem) else "<name>"
+
+
+Held = Annotated[
+    Annotated[str, Tag("<name>")] | Annotated[DataItem, Tag("<item>")],
+    Discriminator(_kind_of),
+]
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -113,8 +131,9 @@ class DataSection:
     """A data set by name (under the data folder) or by path."""
     mixture: Annotated[tuple[MixtureItem, ...], Field(min_length=1)]
     """The sources and their weights."""
-    validation: tuple[str, ...] = ()
-    """Splits of data.folder, or sources of your own, that evaluations during the run look at."""
+    validation: tuple[Held, ...] = ()
+    """What evaluations during the run look at: splits of data.folder, sources of your own, or settings such as
+    {source: val.csv, images: pictures}, as the mixture has them."""
     cache_features: bool = True
     """Keep the image features of all views on disk, and read pictures only once; false: read, vary and encode pictures
     in every step, as the paper does. The cache takes 724 kB a view with ViT-g."""
@@ -203,6 +222,14 @@ class OptimizerSection:
     """Longer gradients are scaled down to this norm; 0 turns it off."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     """Added to AdamW's denominator."""
+
+    @model_validator(mode="after")
+    def _falls(self) -> "OptimizerSection":
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate:g} is above learning_rate {self.learning_rate:g}: lower it"
+            )
+        return self
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -315,6 +342,13 @@ class Recipe:
     prompts: PromptsSection = Field(default_factory=PromptsSection)
     optimizer: OptimizerSection = Field(default_factory=OptimizerSection)
     training: TrainingSection
+
+    @model_validator(mode="after")
+    def _name_is_a_folder(self) -> "Recipe":
+        path = PurePath(self.name)
+        if not self.name.strip() or path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"name is {self.name!r}: give one that the folder of the run can have")
+        return self
 
     def splits_captions(self, *, is_encoder_decoder: bool) -> bool:
         """Whether a caption's beginning goes to the LLM's encoder, its rest is learnt (prefix language modelling)."""

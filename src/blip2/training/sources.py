@@ -32,7 +32,7 @@ from blip2.training.batches import Source, as_text, group_name
 from blip2.training.devices import place_and_threads
 from blip2.training.images import CachedImages, Images, OnlineImages
 from blip2.training.parts import FrozenParts
-from blip2.training.sections import MixtureItem, Recipe
+from blip2.training.sections import DataItem, MixtureItem, Recipe
 
 ENCODE_TEXTS = 128  # texts at once
 ENCODE = 8  # pictures at once: convolutions stay in the processor's cache (77 images/s against 37 at 64, 2 cores)
@@ -58,8 +58,8 @@ class Opened:
     faults: Sequence[Fault] = ()
 
 
-def open_item(recipe: Recipe, item: MixtureItem) -> Opened:
-    """The samples of an item of the mixture.
+def open_item(recipe: Recipe, item: DataItem) -> Opened:
+    """The samples of an item of the mixture, or of one to judge by.
 
     Raises:
         MissingFile, BadData: they are not there, or not what they should be.
@@ -73,13 +73,15 @@ def open_item(recipe: Recipe, item: MixtureItem) -> Opened:
     return Opened(item.source, found, list(found.described()), found.pictures_sha256(), found.faults)
 
 
-def open_validation(recipe: Recipe, name: str) -> Opened:
+def open_validation(recipe: Recipe, entry: str | DataItem) -> Opened:
     """The samples of an entry of data.validation: a split of data.folder, or a source of its own."""
+    if isinstance(entry, DataItem):
+        return open_item(recipe, entry)
     try:
-        is_split = name in read_manifest(data_folder(recipe.data.folder))["splits"]
+        is_split = entry in read_manifest(data_folder(recipe.data.folder))["splits"]
     except MissingFile:
         is_split = False
-    return open_item(recipe, MixtureItem(split=name) if is_split else MixtureItem(source=name))
+    return open_item(recipe, DataItem(split=entry) if is_split else DataItem(source=entry))
 
 
 def data_folder(name: str) -> Path:
@@ -187,17 +189,33 @@ class HeldOut:
         return torch.stack([self.images.read(self.rows[number], plain) for number in numbers])
 
 
-def held_out(recipe: Recipe, name: str, parts: FrozenParts, faults: FaultLog) -> HeldOut:
-    """An entry of data.validation, its pictures as they are; those that cannot be read are left out."""
-    opened = open_validation(recipe, name)
+def held_out(recipe: Recipe, entry: str | DataItem, parts: FrozenParts, faults: FaultLog) -> HeldOut:
+    """An entry of data.validation, its pictures as they are; those that cannot be read are left out, and so is of what
+    nothing is said or asked.
+
+    Raises:
+        BadRecipe: nothing is left, or stage 1 would be judged by what has no captions.
+    """
+    opened = open_validation(recipe, entry)
+    name = opened.name
+    _list(opened.faults, faults)
     if recipe.model.train_vision:
         images: Images = OnlineImages(opened.samples, _transform(parts), is_varied=False)
     else:
         images = CachedImages(image_features(opened, parts, faults), name=opened.name)
-    rows = [row for row in range(len(opened.samples)) if _is_readable(images, row)]
+    told = [row for row, sample in enumerate(opened.texts) if sample.captions or _is_asked(sample, recipe)]
+    if not told:
+        needed = "captions" if recipe.stage == "stage1" else "captions, and no questions with answers"
+        raise BadRecipe(f"data.validation: {name} has no {needed}.")
+    rows = [row for row in told if _is_readable(images, row)]
     if not rows:
         raise BadRecipe(f"data.validation: no picture of {name} can be read.")
     return HeldOut(name, [opened.texts[row] for row in rows], images, rows)
+
+
+def _is_asked(sample: Sample, recipe: Recipe) -> bool:
+    """Whether a question with an answer is there to judge by; stage 1 answers none."""
+    return recipe.stage != "stage1" and any(question.answer for question in sample.questions)
 
 
 def _is_readable(images: Images, row: int) -> bool:

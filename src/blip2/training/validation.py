@@ -6,6 +6,7 @@ questions          NAME/loss, exact, vqa  exact or, where a question has several
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,6 +36,11 @@ class Retrieval:
     tokenizer: QFormerTokenizer
     held: HeldOut
 
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """Names of what it measures."""
+        return tuple(f"{self.held.name}/{name}" for name in ("r1", "r10"))
+
     def __call__(self) -> dict[str, float]:
         """Share of pictures whose caption is the most similar, or among the ten most similar, of the split's."""
         model, samples = self.model, self.held.samples
@@ -52,8 +58,8 @@ class Retrieval:
             similarity = image_text_similarity(model.embed_images(features), text_embeds)  # (B, C)
             ranked.append(similarity.topk(min(10, len(candidates)), dim=1).indices.cpu())
         hits = torch.cat(ranked) == own[:, None]  # (S, 10)
-        found = {"r1": float(hits[:, 0].float().mean()), "r10": float(hits.any(dim=1).float().mean())}
-        return {f"{self.held.name}/{name}": value for name, value in found.items()}
+        found = float(hits[:, 0].float().mean()), float(hits.any(dim=1).float().mean())
+        return dict(zip(self.gives, found, strict=True))
 
 
 @dataclass(frozen=True)
@@ -76,11 +82,19 @@ class Answers:
     held: HeldOut
     limit: int
 
+    @property
+    def gives(self) -> tuple[str, ...]:
+        """Names of what it measures."""
+        if self._is_caption:
+            measures = ("loss", "exact", "cider")
+        else:
+            has_several = any(len(one.references) > 1 for one in self._asked)
+            measures = ("loss", "exact", "vqa") if has_several else ("loss", "exact")
+        return tuple(f"{self.held.name}/{name}" for name in measures)
+
     def __call__(self) -> dict[str, float]:
         """The loss, the share said exactly, and the usual measure of the task."""
-        is_caption = not any(sample.questions for sample in self.held.samples)
-        asked = self._captions() if is_caption else self._questions()
-        device = self.model.query_tokens.device
+        asked, device = self._asked, self.model.query_tokens.device
         losses, said = [], []
         for first in range(0, len(asked), CHUNK):
             part = asked[first : first + CHUNK]
@@ -92,16 +106,24 @@ class Answers:
             )
             batch = seen(self.model, moved(batch, device))
             losses.append(float(Stage2Step(self.model)(batch)["loss"]) * len(part))
-            written = _say(self.model, batch, LONGEST_CAPTION if is_caption else LONGEST_ANSWER)
+            written = _say(self.model, batch, LONGEST_CAPTION if self._is_caption else LONGEST_ANSWER)
             said += self.batches.language_tokenizer.decode(written)
         told = [each.references for each in asked]
         exact = [text.casefold() in map(str.casefold, right) for text, right in zip(said, told, strict=True)]
-        measured = {"loss": sum(losses) / len(asked), "exact": sum(exact) / len(asked)}
-        if is_caption:
-            measured["cider"] = cider_d(said, told)
-        elif any(len(right) > 1 for right in told):
-            measured["vqa"] = sum(map(vqa_accuracy, said, told)) / len(asked)
-        return {f"{self.held.name}/{name}": value for name, value in measured.items()}
+        measured = [sum(losses) / len(asked), sum(exact) / len(asked)]
+        if self._is_caption:
+            measured.append(cider_d(said, told))
+        elif len(self.gives) > len(measured):
+            measured.append(sum(map(vqa_accuracy, said, told)) / len(asked))
+        return dict(zip(self.gives, measured, strict=True))
+
+    @cached_property
+    def _asked(self) -> list[Asked]:
+        return self._captions() if self._is_caption else self._questions()
+
+    @cached_property
+    def _is_caption(self) -> bool:
+        return not any(question.answer for sample in self.held.samples for question in sample.questions)
 
     def _questions(self) -> list[Asked]:
         asked = [(i, question) for i, sample in enumerate(self.held.samples) for question in sample.questions]
