@@ -88,6 +88,38 @@ def test_broken_pictures_are_counted_and_named_and_others_stand_in(tmp_path, cac
     assert {"3", "7"} <= set(named)
 
 
+def test_a_broken_picture_is_told_alike_when_features_are_made_and_when_they_are_there(tmp_path):
+    (tmp_path / "parts").mkdir()
+    root = spoilt_parts(tmp_path / "parts", [3, 7])
+    told = []
+    for run_dir in (tmp_path / "cold", tmp_path / "warm"):
+        recipe = recipe_of(root, "stage1", "data.stop_share=1.0", "training.steps=6", "data.mixture.0.num_views=3")
+        job = build_in(root, recipe, run_dir)
+        assert (job.faults.num_seen, job.faults.num_faults) == (24, 2), "12 pictures and as many texts, two are broken"
+        train(job, recipe, run_dir)
+        told.append(sorted((run_dir / "faults.jsonl").read_text().splitlines()))
+    assert told[0] == told[1] and len(told[0]) == 2
+    for line, sample in zip(map(json.loads, told[0]), ("3", "7"), strict=True):
+        assert line["sample"] == sample and "train-00000.tar" in line["where"]
+        assert "broken" in line["reason"] and sample not in line["reason"]
+
+
+def test_a_picture_that_had_no_text_when_features_were_made_is_used_once_it_has(tmp_path):
+    make_parts(tmp_path / "parts") if (tmp_path / "parts").mkdir() is None else None
+    (tmp_path / "own").mkdir()
+    for number in range(4):
+        (tmp_path / "own" / f"{number}.png").write_bytes(picture(number).image)
+        (tmp_path / "own" / f"{number}.txt").write_text("a cup" if number else "")
+    settings = [f"data.mixture=[{{source: {tmp_path / 'own'}}}]", "data.stop_share=1.0", "training.batch_size=2"]
+    recipe = recipe_of(tmp_path / "parts", "stage1")
+    recipe = apply_overrides(recipe, settings)
+    assert build_in(tmp_path / "parts", recipe, tmp_path / "one").faults.num_faults == 1, "it has no caption"
+    (tmp_path / "own" / "0.txt").write_text("a star")
+    job = build_in(tmp_path / "parts", recipe, tmp_path / "two")
+    summary = train(job, recipe, tmp_path / "two")
+    assert summary.finished and job.faults.num_faults == 0
+
+
 def test_a_run_stops_when_too_many_pictures_are_broken(tmp_path):
     (tmp_path / "parts").mkdir()
     root = spoilt_parts(tmp_path / "parts", range(0, 12, 2))

@@ -68,10 +68,7 @@ class FaultLog:
         Raises:
             BadData: `min_seen` faults came in a row without a `seen` between them.
         """
-        if isinstance(error, BadSample):
-            fault = Fault(error.sample_id, error.where, error.reason)
-        else:
-            fault = error if isinstance(error, Fault) else Fault(sample_id, where, _reason(error, sample_id, where))
+        fault = error if isinstance(error, Fault) else fault_of(error, sample_id=sample_id, where=where)
         with self._lock:
             self.num_faults += 1
             self._since_seen += 1
@@ -139,6 +136,13 @@ class FaultLog:
             f"Most frequent: {reasons}.{listed} More than {self.stop_share:.0%} stop the run: mend the data, "
             "give the right folder of pictures, or allow a larger share."
         )
+
+
+def fault_of(error: Exception, *, sample_id: str, where: str) -> Fault:
+    """What an error tells of a sample; one other than BadSample, such as BadImage, gives the reason alone."""
+    if isinstance(error, BadSample):
+        return Fault(error.sample_id, error.where, error.reason)
+    return Fault(sample_id, where, _reason(error, sample_id, where))
 
 
 def _reason(error: Exception, *names: str) -> str:

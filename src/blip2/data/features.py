@@ -1,10 +1,12 @@
 """Image features kept on disk, so that a frozen encoder sees each picture once and not once an epoch.
 
-One folder a cache: `features.f16` or `features.f32` (rows, N, C) and `cache.json`, which names what the rows were made
-from. A cache made from other weights, pictures or views is another key and is never read by mistake. Building can be
-stopped at any time and goes on where it was.
+One folder a cache: `features.f16` or `features.f32` (rows, N, C), `cache.json`, which names what the rows were made
+from, and `faults.jsonl`, which pictures could not be read and why: their rows are NaN. A cache made from other weights,
+pictures or views is another key and is never read by mistake. Building can be stopped at any time and goes on where it
+was.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -15,7 +17,10 @@ from typing import Literal
 
 import numpy as np
 
+from blip2.data.faults import Fault
 from blip2.errors import BadData
+
+FAULTS = "faults.jsonl"
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,11 @@ class CacheKey:
 
 
 class FeatureCache:
-    """A complete cache, read row by row from a memory map."""
+    """A complete cache, read row by row from a memory map.
+
+    Attributes:
+        faults: number of a picture that could not be read -> why.
+    """
 
     def __init__(self, folder: Path, key: CacheKey) -> None:
         """Opens the cache of `key` in `folder`.
@@ -61,6 +70,7 @@ class FeatureCache:
         if described["rows_done"] != key.num_rows:
             raise BadData(f"{folder} is not complete: {described['rows_done']} of {key.num_rows} rows.")
         self._rows = _open_rows(folder, key, "r")
+        self.faults = read_faults(folder)
 
     def __len__(self) -> int:
         return self._rows.shape[0]
@@ -68,6 +78,28 @@ class FeatureCache:
     def read(self, rows: np.ndarray | int) -> np.ndarray:
         """Features (len(rows), N, C) of the numbered rows; (N, C) of one."""
         return self._rows[rows]
+
+
+def note_fault(folder: Path, index: int, fault: Fault) -> None:
+    """Writes down, for good, why a picture has no features."""
+    with (folder / FAULTS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"index": index} | asdict(fault)) + "\n")
+
+
+def read_faults(folder: Path) -> dict[int, Fault]:
+    """What `note_fault` wrote; a line that was broken off is left out."""
+    found: dict[int, Fault] = {}
+    if (folder / FAULTS).is_file():
+        for line in (folder / FAULTS).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                told = json.loads(line)
+                found[int(told["index"])] = Fault(told["sample"], told["where"], told["reason"])
+    return found
+
+
+def num_done(folder: Path) -> int:
+    """How many rows of a cache are made already."""
+    return int(_read_description(folder).get("rows_done", 0))
 
 
 def open_or_build(

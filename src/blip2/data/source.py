@@ -44,6 +44,15 @@ class Source(Sequence[Sample]):
             raise BadSample(sample.id, self._pictures.name(where), "has no caption, and nothing is asked of it")
         return _with_image(sample, self._pictures.read(where, sample.id))
 
+    def picture(self, index: int) -> bytes:
+        """A sample's picture, whether or not anything is said of it.
+
+        Raises:
+            BadSample: it is missing, empty or no picture.
+        """
+        where, sample = self._records[self._number(index)]
+        return self._pictures.read(where, sample.id)
+
     def described(self) -> Iterator[Sample]:
         """All samples without their pictures (`image` is empty), which costs no reading.
 

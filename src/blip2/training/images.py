@@ -4,7 +4,6 @@ CachedImages    row of the feature cache      (N, Dv)        the encoder has see
 OnlineImages    file -> view -> pixel values  (3, H, W)      the step encodes them, and may train the encoder
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from blip2.data.faults import Fault, fault_of
 from blip2.data.features import FeatureCache
-from blip2.data.sample import Sample
+from blip2.data.source import Source
 from blip2.errors import BadImage, BadSample
 from blip2.preprocessing.images import ImageTransform, load_image
 
@@ -51,7 +51,8 @@ class CachedImages:
         view = int(rng.integers(self.num_views))
         features = self.features.read(index * self.num_views + view)  # (N, Dv)
         if np.isnan(features[0, 0]):
-            raise BadSample(str(index), self.name, "has a picture that could not be read when features were made")
+            fault = self.features.faults.get(index) or Fault(str(index), self.name, "has a picture that is broken")
+            raise BadSample(fault.sample, fault.where, fault.reason)
         if self.token_share < 1:
             kept = max(1, round(len(features) * self.token_share))
             features = features[np.sort(rng.permutation(len(features))[:kept])]
@@ -69,7 +70,7 @@ class OnlineImages:
         flip: whether half of the crops are mirrored.
     """
 
-    samples: Sequence[Sample]
+    samples: Source
     transform: ImageTransform
     is_varied: bool = True
     flip: bool = False
@@ -80,7 +81,8 @@ class OnlineImages:
         try:
             image = load_image(sample.image, name=sample.id)
         except BadImage as error:
-            raise BadSample(sample.id, sample.source, str(error)) from None
+            fault = fault_of(error, sample_id=sample.id, where=self.samples.where(index))
+            raise BadSample(fault.sample, fault.where, fault.reason) from None
         if not self.is_varied:
             return self.transform(image)
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))

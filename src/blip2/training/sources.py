@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from blip2 import paths
-from blip2.data.faults import Fault, FaultLog
-from blip2.data.features import CacheKey, FeatureCache, open_or_build
+from blip2.data.faults import Fault, FaultLog, fault_of
+from blip2.data.features import CacheKey, FeatureCache, note_fault, num_done, open_or_build, read_faults
 from blip2.data.layouts import open_source
 from blip2.data.neighbours import Neighbours
 from blip2.data.sample import Question, Sample
 from blip2.data.shards import open_split, pictures_sha256, read_manifest
+from blip2.data.source import Source as DataSource
 from blip2.distributed import first_goes_first
 from blip2.errors import BadImage, BadRecipe, BadSample, MissingFile
 from blip2.model.stage1 import Blip2Stage1, load_text_weights
@@ -52,7 +53,7 @@ class Opened:
     """
 
     name: str
-    samples: Sequence[Sample]
+    samples: DataSource
     texts: Sequence[Sample]
     pictures: str
     faults: Sequence[Fault] = ()
@@ -231,21 +232,22 @@ def image_features(
 ) -> FeatureCache:
     """Image features of all views, from the cache or made now; a picture that cannot be read has rows of NaN.
 
-    Of several ranks the first one makes them.
+    Such a picture is counted once, whether it is found now or was when the cache was made. Of several ranks the first
+    one makes them.
     """
     vision, transform = parts.vision, _transform(parts)
     at_once = ENCODE_ON_GPU if parts.device.type == "cuda" else ENCODE
 
     def pixels(row: int) -> Tensor | None:
         index, view = divmod(row, num_views)
+        name = opened.texts[index].id
         try:
-            sample = opened.samples[index]
-            image = load_image(sample.image, name=sample.id)
-        except BadSample as error:
-            faults.record(error)
-            return None
-        except BadImage as error:
-            faults.record(error, sample_id=opened.texts[index].id, where=opened.name)
+            image = load_image(opened.samples.picture(index), name=name)
+        except (BadSample, BadImage) as error:
+            if view == 0:
+                fault = fault_of(error, sample_id=name, where=opened.samples.where(index))
+                note_fault(folder, index, fault)
+                faults.record(fault)
             return None
         if view == 0:
             return transform(image)
@@ -257,8 +259,9 @@ def image_features(
         encoded = []
         with ThreadPoolExecutor(2) as pool:
             for first in range(rows.start, rows.stop, at_once):
-                views = list(pool.map(pixels, range(first, min(first + at_once, rows.stop))))
-                faults.seen(len(views))
+                some = range(first, min(first + at_once, rows.stop))
+                views = list(pool.map(pixels, some))
+                faults.seen(sum(row % num_views == 0 for row in some))
                 encoded.append(_encoded(vision, views, parts))
         return torch.cat(encoded).numpy()
 
@@ -273,9 +276,12 @@ def image_features(
         dtype="float32" if vision.is_exact else "float16",
     )
     chunk = max(64, at_once)
+    folder = paths.home() / "features" / key.name
     with first_goes_first():
-        name = f"image features of {opened.name}"
-        return open_or_build(paths.home() / "features", key, encode, chunk=chunk, progress=_progress(name))
+        faults.seen(num_done(folder) // num_views)
+        _list(list(read_faults(folder).values()), faults)
+        progress = _progress(f"image features of {opened.name}")
+        return open_or_build(folder.parent, key, encode, chunk=chunk, progress=progress)
 
 
 def _encoded(vision: nn.Module, views: Sequence[Tensor | None], parts: FrozenParts) -> Tensor:
