@@ -83,6 +83,8 @@ def test_captions_are_chosen_among_several(run, folder, tiny, model):
 def test_ask_answers_freely_or_from_a_list(run, folder, tiny, model):
     free = run("ask", GOOD[0], "what is this ?", "-m", tiny)
     assert free.out == said(model.ask(GOOD[0], "what is this ?")) + "\n"
+    several = run("ask", *GOOD, "what is this ?", "-m", tiny).out.splitlines()
+    assert several[0] == f"{GOOD[0]}\t{free.out.rstrip()}" and len(several) == len(GOOD)
     chosen = run("ask", GOOD[0], "which colour ?", "--answers", "red, blue,green", "-m", tiny)
     assert chosen.out.strip() == model.ask(GOOD[0], "which colour ?", ["red", "blue", "green"])
     rows = run("ask", "pictures", "which colour ?", "--answers", "red,blue", "--json", "-m", tiny).out.splitlines()
@@ -120,6 +122,12 @@ def test_embed_writes_pictures_and_texts(run, folder, tiny, model):
 
 
 def test_embed_lists_bad_pictures_and_takes_no_misspelt_file_for_a_text(run, folder, tiny):
+    for pattern in ("pictures/in*/c*", "pictures/inside/?.we*"):
+        assert run("embed", pattern, "a cup?", "--out", "vectors.npz", "-m", tiny, "-q").code == 0
+        with np.load("vectors.npz") as file:
+            assert len(file["image_paths"]) == 1 and list(file["texts"]) == ["a cup?"]
+    result = run("embed", "pictuers/a", "--out", "vectors.npz", "-m", tiny)
+    assert result.code == 2 and "There is no file 'pictuers/a'" in result.err
     result = run("embed", GOOD[0], "pictures/d.png", "--out", "vectors.npz", "-m", tiny)
     assert result.code == 1 and "There is no file 'pictures/d.png'" in result.err
     with np.load("vectors.npz") as file:
@@ -171,6 +179,9 @@ def test_info_lists_models_and_tells_of_one(run, folder, tiny, monkeypatch):
         (["caption", "pictures/a.png", "-m", "TINY", "--top-p", "0.5"], "top_p has no effect without sampling"),
         (["caption", "pictures/a.png", "-m", "TINY", "--device", "tpu"], "There is no device 'tpu' here"),
         (["ask", "pictures/a.png", " ", "-m", "TINY"], "The question is empty"),
+        (["ask", "pictures/a.png"], "Name a picture and ask something about it"),
+        (["ask"], "Name a picture and ask something about it"),
+        (["match", "pictures/a.png", "a cup", " "], "One of the texts is empty"),
         (["ask", "pictures/a.png", "what ?", "--answers", "a,,b", "-m", "TINY"], "holds an empty answer"),
         (["ask", "pictures/a.png", "what ?", "--answers", "a", "--beams", "2"], "--answers chooses from a list"),
         (["match", "nowhere.png", "a"], "There is no file 'nowhere.png'"),

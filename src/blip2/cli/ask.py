@@ -15,10 +15,13 @@ from blip2.errors import UserError
 
 
 def ask(
-    file: Annotated[
-        str, typer.Argument(metavar="FILE|FOLDER|GLOB|-", help="Pictures; - reads one, or paths, from standard input.")
-    ],
-    question: Annotated[str, typer.Argument(help="What to ask about each picture.")],
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="FILE|FOLDER|GLOB|-...", help="Pictures; - reads one, or paths, from standard input."),
+    ] = None,
+    question: Annotated[
+        str, typer.Argument(metavar="QUESTION", help="What to ask about each picture; it comes last.")
+    ] = "",
     answers: Annotated[
         str | None, typer.Option(metavar="A,B,C", help="Choose the most probable of these answers.")
     ] = None,
@@ -45,7 +48,9 @@ def ask(
     """
     chosen = options.decoding_options(beams, sample, top_p, temperature, max_new_tokens)
     given = _answer_list(answers, chosen | ({"preset": preset} if preset else {}))
-    found = pictures.expand([file])
+    if not files:  # a lone argument is taken for the question
+        raise UserError('Name a picture and ask something about it: blip2 ask FILE "What is this?"')
+    found = pictures.expand(files)
     if attention is not None and len(found) != 1:
         raise UserError(f"--attention draws over one picture, and there are {len(found)}. Give one.")
     if attention is not None:
@@ -57,7 +62,8 @@ def ask(
         return open_model(model, "generation", device=device, dtype=dtype, quantize=quantize, quiet=quiet)
 
     def answer(images: list[Any]) -> list[dict[str, Any]]:
-        seen.extend(images)
+        if attention is not None:
+            seen.extend(images)
         if given is None:
             return [
                 {"question": question, "answer": text}

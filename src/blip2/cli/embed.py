@@ -1,5 +1,7 @@
 """blip2 embed: pictures and texts as vectors, in one .npz file."""
 
+import glob
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -59,13 +61,17 @@ def _check_out(out: Path) -> None:
 
 
 def _part(items: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Which items name pictures, and which are texts. What looks like a picture's name is no text, even if misspelt."""
+    """Which items name pictures, and which are texts. What looks like a picture's name or a path is no text, even if
+    misspelt."""
     named = [item for item in items if _names_pictures(item)]
     return named, [item for item in items if not _names_pictures(item)]
 
 
 def _names_pictures(item: str) -> bool:
-    return item == "-" or item.lower().endswith(PICTURE_SUFFIXES) or Path(item).exists()
+    if item == "-" or item.lower().endswith(PICTURE_SUFFIXES) or Path(item).exists():
+        return True
+    is_path = os.sep in item and not any(letter.isspace() for letter in item)
+    return is_path or (glob.has_magic(item) and bool(glob.glob(item, recursive=True)))
 
 
 def _embed_images(

@@ -27,6 +27,8 @@ def match(
     Each line: the text, the cosine similarity of image-text contrast (-1 to 1), the probability of image-text
     matching (0 to 1), parted by tabs. With --json the texts keep their order.
     """
+    if not all(text.strip() for text in texts):
+        raise UserError("One of the texts is empty. Leave it out, or say something.")
     found = pictures.expand([file])
     if len(found) != 1:
         raise UserError(f"{file} names {len(found)} pictures; match takes one.")

@@ -41,9 +41,9 @@ class ModelSection:
     """Frozen language model for stage 2 and instruct; null for none."""
     text_init: str = "minilm-l6-v2"
     """BERT-like weights and word pieces the Q-Former starts from."""
-    num_query_tokens: Positive = 32
+    num_query_tokens: Annotated[Positive, Field(le=1024)] = 32
     """Learned queries, and so visual tokens that the language model sees."""
-    embed_dim: Positive = 256
+    embed_dim: Annotated[Positive, Field(le=8192)] = 256
     """Width of the space in which images and texts are compared."""
     query_pooling: Literal["max", "mean", "concat"] = "max"
     """How an image's queries stand for it in ITC: each alone, the best one counting (the paper), as their mean, or side

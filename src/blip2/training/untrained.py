@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from blip2.checkpoints import frozen, native, placing
-from blip2.errors import UserError
+from blip2.errors import UnknownModel, UserError
 from blip2.model.stage1 import Blip2Stage1, load_text_weights
 from blip2.model.stage2 import Blip2Stage2
 from blip2.training.export import model_settings
@@ -82,8 +82,8 @@ def init(
     section = ModelSection(vision=vision, language=language, text_init=shape.text_init, **asked)
     recipes = {stage: _recipe(stage, folder, section) for stage in STAGES if language or stage == "stage1"}
     taken = ("embeddings.word_embeddings.weight",) if section.freeze_word_embeddings else ()
+    bert = _bert(shape).state_dict
     settings = model_settings(folder.name, replace(recipes["stage1"], model=section), taken)
-    bert = frozen.load_text_init(shape.text_init).state_dict
     torch.manual_seed(seed)
     first = Blip2Stage1(None, settings.qformer)
     load_text_weights(first, bert)
@@ -98,6 +98,15 @@ def init(
         (folder / f"{stage}.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     names = [*(f"{name}.safetensors" for name in parts), native.SETTINGS_FILE, *(f"{stage}.yaml" for stage in recipes)]
     return [folder / name for name in names]
+
+
+def _bert(shape: Shape) -> frozen.TextInit:
+    try:
+        return frozen.load_text_init(shape.text_init)
+    except UnknownModel as error:
+        if shape is not SHAPES["base"]:
+            raise
+        raise UnknownModel(f"{error} Without a hub there is --qformer mini, of MiniLM.") from None
 
 
 def _recipe(stage: str, folder: Path, section: ModelSection) -> Recipe:
