@@ -1,5 +1,6 @@
 """A model folder is put where it belongs, and nothing else that is there goes."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,15 @@ def test_where_the_new_folder_cannot_be_put_the_old_one_stays(tmp_path, monkeypa
     with pytest.raises(OSError, match="No space"):
         put(old, model__json="1")
     assert found(old) == {"model.json": "0"}
+
+
+def test_files_that_are_put_have_the_rights_of_new_ones(tmp_path):
+    umask = os.umask(0o027)
+    try:
+        new = placing.beside(tmp_path / "model")
+        (new / "weights").write_text("x")
+        (new / "weights").chmod(0o600)  # as safetensors does it
+        placing.put(new, tmp_path / "model", lambda name: True)
+    finally:
+        os.umask(umask)
+    assert (tmp_path / "model" / "weights").stat().st_mode & 0o777 == 0o640

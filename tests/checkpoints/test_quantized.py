@@ -162,6 +162,9 @@ def test_inputs_of_eight_bits_have_the_groups_that_were_asked_for(peers, tmp_pat
     run("quantize", peers("blip2-opt").folder, tmp_path / "small", "--to", bits, "--group-size", 64)
     head = blip2.load(tmp_path / "small").generator.language_model.model.get_output_embeddings()
     assert isinstance(head, Int8Linear) and head.group_size == 64
+    told = json.loads(run("info", "--model", tmp_path / "small", "--json"))["frozen"]["language model"]
+    assert told["group_size"] == 64
+    assert told["bytes"] == (tmp_path / "small" / "language" / quantized.WEIGHTS).stat().st_size
     place = tmp_path / "small" / "language" / quantized.MARK
     mark = json.loads(place.read_text())
     del mark["group_size"]  # as folders had it before

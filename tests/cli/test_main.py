@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 import blip2
 
 HEAVY = ("torch", "transformers", "PIL", "numpy", "pydantic", "yaml")
@@ -37,7 +39,8 @@ def test_results_alone_go_to_standard_output_and_a_closed_pipe_is_no_crash(folde
         assert b"Traceback" not in process.stderr.read()
 
 
-def test_ctrl_c_leaves_with_130_and_no_traceback(folder, tiny):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_with_its_code_and_no_traceback(folder, tiny, number, code):
     command = [sys.executable, "-m", "blip2.cli.main", "chat", "pictures/a.png", "--model", tiny]
     with subprocess.Popen(
         command,
@@ -50,7 +53,7 @@ def test_ctrl_c_leaves_with_130_and_no_traceback(folder, tiny):
         process.stdin.write(b"what ?\n")
         process.stdin.flush()
         process.stdout.readline()  # it answers, so it is at work
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         process.wait(timeout=60)
-        assert process.returncode == 130
+        assert process.returncode == code
         assert b"Traceback" not in process.stderr.read()

@@ -42,6 +42,8 @@ def beside(place: Path) -> Path:
 def put(new: Path, place: Path, is_ours: Callable[[str], bool]) -> None:
     """Puts the folder `new` at `place`, so that a reader finds the old one or the new one, whole.
 
+    Its files get the rights that new files have (umask), for safetensors leaves what it writes to its owner alone.
+
     Args:
         new: beside the place.
         place: as `checked_place` gives it.
@@ -49,6 +51,7 @@ def put(new: Path, place: Path, is_ours: Callable[[str], bool]) -> None:
     """
     for path in new.rglob("*"):
         if path.is_file():
+            path.chmod(new.stat().st_mode & 0o666)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     old = place.with_name(f".{place.name}.old-{os.getpid()}")

@@ -47,6 +47,15 @@ def is_quantized(folder: Path) -> bool:
     return (folder / MARK).is_file()
 
 
+def group_size(folder: Path) -> int:
+    """Of a quantised part: weights of four bits, and inputs beside those of eight, that share a scale.
+
+    Raises:
+        BadData: the folder's mark is broken.
+    """
+    return _read_mark(folder).group_size
+
+
 def save(network: Any, bits: str, folder: Path, *, group_size: int = GROUP_SIZE) -> None:
     """Writes a network that `model.quantized.quantize` has been through.
 

@@ -55,7 +55,7 @@ def _one_model(name: str) -> dict[str, Any]:
         "image_size": settings.image_size,
         "instruction_aware": settings.instruction_aware,
         "trained": {part: _trained_part(folder, settings, part) for part in settings.parts},
-        "frozen": {role: _frozen_part(part, settings) for role, part in named.items() if part is not None},
+        "frozen": {role: _frozen_part(part, settings, folder) for role, part in named.items() if part is not None},
         "notes": settings.notes,
     }
 
@@ -79,16 +79,27 @@ def _trained_part(folder: Path, settings: "ModelSettings", part: str) -> dict[st
     return {"file": path.name, "bytes": path.stat().st_size, "parameters": sum(_product(shape) for shape in shapes)}
 
 
-def _frozen_part(part: "FrozenPart", settings: "ModelSettings") -> dict[str, Any]:
-    """Name, licence and place of a frozen part; of a quantised one also what it was made of."""
+def _frozen_part(part: "FrozenPart", settings: "ModelSettings", folder: Path) -> dict[str, Any]:
+    """Name, licence, size and place of a frozen part; of a quantised one also what it was made of and in what groups.
+
+    Args:
+        folder: the model's.
+    """
     from blip2 import paths
     from blip2.checkpoints.native import WITHIN, FrozenPart
+    from blip2.checkpoints.quantized import group_size
     from blip2.registry import MODELS, PACKAGES
 
     made_of = settings.notes.get("quantized", {}).get("parts", {}).get(part.name.removeprefix(WITHIN))
     if made_of:
-        licence = _frozen_part(FrozenPart(made_of["name"]), settings)["licence"]
-        return {"name": f"{made_of['bits']} of {made_of['name']}", "licence": licence, "place": part.name}
+        own = folder / part.name.removeprefix(WITHIN)
+        return {
+            "name": f"{made_of['bits']} of {made_of['name']}",
+            "licence": _frozen_part(FrozenPart(made_of["name"]), settings, folder)["licence"],
+            "bytes": sum(path.stat().st_size for path in own.glob("*.safetensors")),
+            "group_size": group_size(own),
+            "place": part.name,
+        }
     packages = [PACKAGES[key] for key in MODELS.get(part.name, ())]
     if not packages:
         return {"name": part.name, "licence": "see there"}

@@ -3,9 +3,11 @@
 Importing this costs milliseconds: a command imports torch and the like inside its function.
 """
 
+import contextlib
 import io
+import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -60,10 +62,16 @@ def _root(
     """Let a frozen language model see: caption pictures, answer questions about them, match them with texts."""
 
 
+def _leave(number: int, _frame: Any) -> None:
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Runs the command line; exit code 0 all good, 1 some inputs failed, 2 nothing could be done."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names need not be UTF-8
         sys.stdout.reconfigure(errors="surrogateescape" if sys.stdout.encoding == "utf-8" else "backslashreplace")
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, _leave)  # so that what was half written is taken away, as it is on Ctrl-C
     try:
         app()
     except Blip2Error as error:
