@@ -37,7 +37,7 @@ def test_shard_then_inspect(table, tmp_path):
     samples = open_split(tmp_path / "out", "mine")
     assert len(samples) == 9 and samples[0].image.startswith(b"RIFF")
     told_of = run("inspect", tmp_path / "out", "--verify", "--sheet", tmp_path / "sheet.png", "--workers", 0)
-    assert "mine: 9 pictures, 10 captions" in told_of.stdout and "9 decoded, 0 bad, 1 repeat" in told_of.stdout
+    assert "mine: 9 pictures, 10 captions" in told_of.stdout and "9 read, 0 of them bad, 1 repeat" in told_of.stdout
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -47,7 +47,7 @@ def test_inspect_tells_of_any_source(table, tmp_path):
     assert "captions an image: 1: 9, 2: 1" in found
     assert "10 different, 9.1% repeat another one" in found
     assert "words a caption: 1-13, median 8" in found
-    assert "10 decoded, 1 bad, 1 repeat another" in found and "9.jpg" in found
+    assert "10 read, 1 of them bad, 1 repeat another" in found and "9.jpg" in found
     assert "#" in found
 
 

@@ -73,9 +73,8 @@ class PictureCheck:
     num_repeated: int
 
     def __str__(self) -> str:
-        lines = [
-            f"  pictures: {self.num_checked:,} decoded, {len(self.bad):,} bad, {self.num_repeated:,} repeat another"
-        ]
+        bad = f"{len(self.bad):,} of them bad"
+        lines = [f"  pictures: {self.num_checked:,} read, {bad}, {self.num_repeated:,} repeat another"]
         lines += [f"    {told}" for told in self.bad[:_SHOWN_FAULTS]]
         if len(self.bad) > _SHOWN_FAULTS:
             lines.append(f"    and {len(self.bad) - _SHOWN_FAULTS:,} more")

@@ -80,7 +80,7 @@ def picture(cell: Any, folder: str, name: str, sample_id: str) -> bytes:
     data = cell.get("bytes") if isinstance(cell, Mapping) else cell
     if data is None and isinstance(cell, Mapping) and cell.get("path"):
         return FilePictures(folder).read(cell["path"], sample_id)
-    return checked(data or b"", name, sample_id)
+    return checked(data or b"", name, sample_id, is_within=True)
 
 
 def _with_pictures_inside(

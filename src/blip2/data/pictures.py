@@ -85,7 +85,7 @@ class ArchivePictures:
         data = _read(self.archives[number], sample_id, offset=offset, size=size)
         if len(data) < size:
             raise BadSample(sample_id, name, "ends in the middle of this picture")
-        return checked(data, name, sample_id)
+        return checked(data, name, sample_id, is_within=True)
 
     def name(self, where: Where) -> str:
         """The archive."""
@@ -101,19 +101,24 @@ class ArchivePictures:
         return hashed.hexdigest()
 
 
-def checked(data: bytes, name: str, sample_id: str) -> bytes:
+def checked(data: bytes, name: str, sample_id: str, *, is_within: bool = False) -> bytes:
     """The bytes, if they begin as a picture's file does.
+
+    Args:
+        name: of the file that they are, or that they lie in among others (`is_within`).
 
     Raises:
         BadSample: they do not.
     """
+    if data and len(data) <= MAX_BYTES and _BEGINNINGS.match(data):
+        return data
     if not data:
-        raise BadSample(sample_id, name, "is empty")
-    if len(data) > MAX_BYTES:
-        raise BadSample(sample_id, name, f"is larger than {MAX_BYTES // 1_000_000} MB")
-    if not _BEGINNINGS.match(data):
-        raise BadSample(sample_id, name, "is not a picture (JPEG, PNG, WebP, GIF and BMP can be read)")
-    return data
+        reason = "is empty"
+    elif len(data) > MAX_BYTES:
+        reason = f"is larger than {MAX_BYTES // 1_000_000} MB"
+    else:
+        reason = "is not a picture (JPEG, PNG, WebP, GIF and BMP can be read)"
+    raise BadSample(sample_id, name, f"has a file for this picture that {reason}" if is_within else reason)
 
 
 def _read(place: str, sample_id: str, *, offset: int = 0, size: int | None = None) -> bytes:
