@@ -26,7 +26,7 @@ def test_commands_change_the_picture_forget_and_leave(run, folder, tiny):
     first, second = (
         spoken(model.ask(f"pictures/{name}", "what ?", max_new_tokens=8)) for name in ("a.png", "inside/c.webp")
     )
-    text = "/image pictures/a.png\nwhat ?\n/reset\nwhat ?\n/image pictures/inside/c.webp\nwhat ?\n/quit\nwhat ?\n"
+    text = "/image pictures/a.png\nwhat ?\n/reset\nwhat ?\n/image 'pictures/inside/c.webp'\nwhat ?\n/quit\nwhat ?\n"
     assert chat(run, tiny, text) == (0, [first, first, second], "")
 
 

@@ -103,7 +103,7 @@ def test_columns_can_be_chosen(tmp_path):
         ("image,caption\na.jpg,x\n", {"caption": "captain"}, "no column 'captain' for caption. Did you mean 'caption'"),
         ("image,caption\na.jpg,x\n", {"words": "caption"}, "'words' is no role of a column. Roles are: image, caption"),
         ("image,caption\n", None, "no rows that can be read"),
-        ("", None, "no column with a usual name for the image"),
+        ("", None, "names no columns: its first line"),
         ("image,caption\nhttps://x.org/a.jpg,x\n", None, "names web addresses.*img2dataset"),
     ],
 )

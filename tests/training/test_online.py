@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blip2.data.shards import write_manifest, write_split
-from blip2.errors import BadData, BadRecipe
+from blip2.errors import BadData, BadRecipe, MissingFile
 from blip2.training.loop import train
 from blip2.training.optimizer import encoder_depths, parameter_groups
 from blip2.training.progress import TIMING, read_metrics
@@ -250,3 +250,12 @@ def test_what_stage_1_cannot_be_judged_by_is_named(root, tmp_path):
     recipe = recipe_of(root, "stage1", "training.batch_size=1")
     with pytest.raises(BadRecipe, match=r"at least twice training\.accumulation"):
         build_in(root, recipe, tmp_path / "run")
+
+
+def test_a_start_that_is_not_there_is_told_before_anything_is_computed(root, tmp_path, capsys):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for missing in ("no-such-run", str(tmp_path / "run"), str(tmp_path / "a.safetensors")):
+        recipe = recipe_of(root, "stage1", f"model.init_from={missing}", "data.mixture.0.num_views=7")
+        with pytest.raises(MissingFile, match=r"model\.init_from: "):
+            build_in(root, recipe, tmp_path / "new")
+    assert "image features" not in capsys.readouterr().err

@@ -87,6 +87,11 @@ def test_help_stands_above_each_setting(recipe):
         ("name: trial", "name: trial\nmodel: {language: null}", "stage2 trains for a language model"),
         ("optimizer: {", "optimizer: 3\nunused: {", "optimizer is 3: it should hold settings of its own."),
         ("name: trial", "name: [", "line 5: "),
+        ("{learning_rate", "{lr", "optimizer.lr is no setting; did you mean optimizer.learning_rate?"),
+            "optimizer: {learning_rate",
+            "optimizer: {lr",
+            "optimizer.lr is no setting; did you mean optimizer.learning_rate",
+        ),
         ("name: trial", "name: ../../x", "name is '../../x': give one that the folder of the run can have"),
         ("name: trial", "name: ''", "name is ''"),
         ("1e-4", "1e-6", "min_learning_rate 1e-05 is above learning_rate 1e-06: lower it"),
@@ -105,6 +110,15 @@ def test_a_wrong_recipe_is_refused_by_path_and_with_the_nearest_name(old, new, m
         parse_recipe(GOOD.replace(old, new), "trial.yaml")
     assert str(refusal.value).startswith("trial.yaml")
     assert message in str(refusal.value)
+
+
+def test_a_wrong_item_is_told_and_not_that_too_few_are_left():
+    text = GOOD.replace("split: train_pairs", "splt: train_pairs").replace("split: train_scenes", "splt: train_scenes")
+    with pytest.raises(BadRecipe) as refusal:
+        parse_recipe(text, "trial.yaml")
+    assert "mixture.0.splt" in str(refusal.value) and "tuple" not in str(refusal.value)
+    with pytest.raises(BadRecipe, match=r"data\.mixture is \[\]: tuple should have at least 1 item"):
+        parse_recipe("stage: stage1\nname: a\ndata: {mixture: []}\ntraining: {steps: 1, batch_size: 2}", "trial.yaml")
 
 
 def test_every_fault_is_named_at_once():

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -75,11 +76,11 @@ class Dialogue:
         if command == "/quit":
             return False
         if command == "/image":
-            self.show(rest.strip())
+            self.show(_unquoted(rest.strip()))
         elif command == "/reset":
             self._conversation_or_raise().reset()
         elif command == "/save":
-            self._save(rest.strip())
+            self._save(_unquoted(rest.strip()))
         elif command == "/help":
             note(HELP)
         elif command.startswith("/"):
@@ -133,3 +134,9 @@ def _lines(is_terminal: bool) -> Iterator[str]:
         except EOFError:
             print(file=sys.stderr)
             return
+
+
+def _unquoted(path: str) -> str:
+    """A path without the quotes that a file manager puts around what is dragged into a terminal."""
+    is_quoted = len(path) > 1 and path[0] == path[-1] and path[0] in "'\""
+    return path[1:-1] if is_quoted and not Path(path).exists() else path

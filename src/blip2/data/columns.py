@@ -42,6 +42,8 @@ def choose_columns(place: str, there: Sequence[str], chosen: Mapping[str, str] |
     Raises:
         BadData: a chosen column is not there, or no column of the table has a usual name of a role that is needed.
     """
+    if not any(name.strip() for name in there):
+        raise BadData(f"{places.shown(place)} names no columns: its first line, or the fields of its rows, must.")
     chosen = dict(chosen or {})
     if unknown := set(chosen) - set(USUAL_NAMES):
         raise BadData(f"{sorted(unknown)[0]!r} is no role of a column. Roles are: {', '.join(USUAL_NAMES)}.")

@@ -98,7 +98,8 @@ def recipe_from_settings(settings: Mapping[str, Any], source: str) -> Recipe:
     try:
         return _RECIPE.validate_python(dict(settings))
     except ValidationError as fault:
-        raise BadRecipe("\n".join(f"{source}: {explain(error, _SETTINGS)}" for error in fault.errors())) from None
+        found = [error for error in fault.errors() if error["type"] != "too_short" or not error["input"]]
+        raise BadRecipe("\n".join(f"{source}: {explain(error, _SETTINGS)}" for error in found)) from None
 
 
 def apply_overrides(recipe: Recipe, overrides: Iterable[str]) -> Recipe:

@@ -5,6 +5,22 @@ import difflib
 from collections.abc import Iterator, Sequence
 from typing import Any, get_args
 
+OTHER_NAMES = {  # that other programs have for settings
+    "lr": "optimizer.learning_rate",
+    "wd": "optimizer.weight_decay",
+    "warmup": "optimizer.warmup_steps",
+    "gradient_clip": "optimizer.max_grad_norm",
+    "max_steps": "training.steps",
+    "epochs": "training.steps",
+    "max_epoch": "training.steps",
+    "gradient_accumulation_steps": "training.accumulation",
+    "amp": "training.precision",
+    "dtype": "training.precision",
+    "llm": "model.language",
+    "workers": "data.num_workers",
+    "dataset": "data.mixture.0.source",
+}
+
 
 def explain(error: Any, known: Sequence[str]) -> str:
     """One line about one of pydantic's errors.
@@ -30,6 +46,8 @@ def explain(error: Any, known: Sequence[str]) -> str:
 def hint_at_setting(path: str, known: Sequence[str]) -> str:
     """The end of a sentence: the same name in another section, else a like path, else just a full stop."""
     last = path.rpartition(".")[2]
+    if last in OTHER_NAMES:
+        return f"; did you mean {OTHER_NAMES[last]}?"
     elsewhere = [name for name in known if name.rpartition(".")[2] == last]
     return f"; did you mean {elsewhere[0]}?" if elsewhere else hint(path, known)
 

@@ -59,26 +59,32 @@ def bridge_weights(source: str, part: str = "stage1") -> dict[str, Tensor]:
     if (path / native.SETTINGS_FILE).is_file():
         settings = native.read_settings(path)
         return native.load_part(path, settings, part if part in settings.parts else next(iter(settings.parts)))
-    if not path.is_file():
-        path = state.find_checkpoint(path) / state.MODEL
-    if not path.is_file():
-        raise MissingFile(f"model.init_from: there is no run, checkpoint or weights file {source}.")
     return {name.removeprefix("model."): tensor for name, tensor in load_file(path).items()}
 
 
 def found_start(source: str) -> Path:
-    """Where a start lies: here or, if it may be a name of the hub, in its cache, fetched if it is not there.
+    """Where a start lies: a model folder or a file, here or, if it may be a name of the hub, in its cache (fetched if
+    need be).
 
     Raises:
+        MissingFile: nothing is there, or a run without a checkpoint.
         UnknownModel: nothing of that name is here, and the hub has no such model or was not to be reached.
     """
     path = run_folder(source)
     is_hub_name = (
         HUB_NAME.fullmatch(source) and path.suffix not in (".pth", ".safetensors") and not path.parent.exists()
     )
-    if path.exists() or not is_hub_name:
+    if is_hub_name and not path.exists():
+        return frozen.hub_folder(source, f"model.init_from: {source!r} is no run, folder or file here")
+    if path.is_file() or huggingface.is_checkpoint(path) or (path / native.SETTINGS_FILE).is_file():
         return path
-    return frozen.hub_folder(source, f"model.init_from: {source!r} is no run, folder or file here")
+    try:
+        path = state.find_checkpoint(path) / state.MODEL
+    except MissingFile as error:
+        raise MissingFile(f"model.init_from: {error}") from None
+    if not path.is_file():
+        raise MissingFile(f"model.init_from: {path} is missing.")
+    return path
 
 
 def run_folder(source: str) -> Path:
