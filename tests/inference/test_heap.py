@@ -1,5 +1,6 @@
 """What was freed goes back to the system, also where something that stays lies above it."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -29,14 +30,29 @@ def test_holes_in_the_heap_are_given_back():
     assert len(staying) == 20
 
 
-def test_it_is_done_once_in_so_many_pictures(model, monkeypatch):
-    asked = []
-    monkeypatch.setattr(heap, "PICTURES", 5)
-    monkeypatch.setattr(heap, "give_back", lambda: asked.append(True))
-    monkeypatch.setattr(model, "_num_encoded", 0)
-    images = pictures(9)
+def test_it_takes_half_a_percent_of_the_time(monkeypatch):
+    clock, asked = [0.0], []
+
+    def give_back():
+        asked.append(clock[0])
+        clock[0] += 0.1
+
+    monkeypatch.setattr(heap.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(heap, "give_back", give_back)
+    holes = heap.Holes()
+    for _ in range(100):
+        clock[0] += 1
+        holes.after(1)
+    assert asked[0] in (6, 7), "it is taken to be 0.03 s, before it was measured"
+    gaps = [after - before for before, after in pairwise(asked)]
+    assert len(gaps) == 4 and all(20 <= gap < 21.5 for gap in gaps), "and 0.1 s after that"
+
+
+def test_only_pictures_that_are_encoded_count(model, monkeypatch):
+    told = []
+    monkeypatch.setattr(model._holes, "after", told.append)
     model.image_cache.clear()
-    for image in images:
+    for image in pictures(3):
         model.image_features(image)
         model.image_features(image)  # which is known
-    assert len(asked) == 1
+    assert len(told) == 3 and min(told) > 0

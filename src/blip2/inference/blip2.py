@@ -6,6 +6,7 @@
 One pass of the encoder serves both parts. A model may lack either part; what needs it says so.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Literal, Unpack, cast, overload
 
@@ -67,7 +68,7 @@ class Blip2:
         self.vision_model = vision_model
         self.batch_size = batch_size
         self.image_cache = ImageCache()
-        self._num_encoded = 0  # since memory was given back
+        self._holes = heap.Holes()
         self.transform = ImageTransform(settings.image_size, settings.image_mean, settings.image_std)
         self._retriever = retriever
         self._generator = generator
@@ -310,14 +311,13 @@ class Blip2:
         known = {key: kept[0] for key in keys if (kept := self.image_cache.get(key))}
         new = {key: row for key, row in zip(keys, pixels, strict=True) if key not in known}
         if new:
+            begin = time.perf_counter()
             computed = self.vision_model(self.transform.normalise(torch.stack([*new.values()])))
             for key, features in zip(new, computed, strict=True):
                 known[key] = features
                 self.image_cache.put(key, [features])
-            self._num_encoded += len(new)
-            if self._num_encoded >= heap.PICTURES and self._device.type == "cpu":
-                self._num_encoded = 0
-                heap.give_back()
+            if self._device.type == "cpu":
+                self._holes.after(time.perf_counter() - begin)
         return [known[key] for key in keys]
 
     def embed_images(self, images: Images) -> np.ndarray:

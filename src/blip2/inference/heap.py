@@ -7,10 +7,12 @@ ms for that gigabyte; other C libraries do it by themselves, or not.
 
 import ctypes
 import sys
+import time
 from collections.abc import Callable
 from functools import cache
 
-PICTURES = 100  # after so many it is time again: half a percent of what they take
+SHARE = 0.005  # of the time that work takes may go into it
+LEAST_SECONDS = 0.03  # that it takes, pages that are asked for anew included
 
 
 @cache
@@ -21,6 +23,23 @@ def _malloc_trim() -> Callable[[int], int] | None:
         return ctypes.CDLL(None).malloc_trim
     except (OSError, AttributeError):  # not glibc
         return None
+
+
+class Holes:
+    """Gives memory back now and then, so that it takes half a percent of the time: after a hundred pictures of a small
+    model, or six that take a second each and leave more behind."""
+
+    def __init__(self) -> None:
+        self._worked = 0.0
+        self._cost = LEAST_SECONDS
+
+    def after(self, seconds: float) -> None:
+        """Work was done for so long."""
+        self._worked += seconds
+        if self._worked * SHARE >= self._cost:
+            begin = time.perf_counter()
+            give_back()
+            self._worked, self._cost = 0.0, max(LEAST_SECONDS, time.perf_counter() - begin)
 
 
 def give_back() -> None:
