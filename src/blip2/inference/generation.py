@@ -25,6 +25,7 @@ from blip2.preprocessing.text import LanguageTokenizer, QFormerTokenizer, TextBa
 MOST_ROWS = 64  # more are no faster on a CPU
 KEY_VALUE_BYTES = 10**9
 POSITIONS = 100  # of a text with its prompts, about
+KEPT_BYTES = 128 << 20  # of visual prompts and prefixes: six pictures with OPT-2.7B, which takes 21 MB for each
 
 
 class Generator:
@@ -51,7 +52,7 @@ class Generator:
         self.tokenizer = tokenizer
         self.instruction_tokenizer = instruction_tokenizer
         self.max_text_tokens = max_text_tokens
-        self.image_cache = ImageCache(max_entries=2 * DEFAULT_ENTRIES)  # a picture has two, or more with instructions
+        self.image_cache = ImageCache(KEPT_BYTES, 2 * DEFAULT_ENTRIES)  # a picture has two, or more with instructions
         self._recorded = Recorded(self._see, weights=lambda: model.query_tokens, most_rows=MOST_ROWS)
 
     @property
