@@ -181,6 +181,7 @@ def test_info_lists_models_and_tells_of_one(run, folder, tiny, monkeypatch):
         (["ask", "pictures/a.png", " ", "-m", "TINY"], "The question is empty"),
         (["ask", "pictures/a.png"], "Name a picture and ask something about it"),
         (["ask"], "Name a picture and ask something about it"),
+        (["ask", "pictures/a.png", "pictures/inside/c.webp"], "The question comes last, and pictures/inside/c.webp"),
         (["match", "pictures/a.png", "a cup", " "], "One of the texts is empty"),
         (["ask", "pictures/a.png", "what ?", "--answers", "a,,b", "-m", "TINY"], "holds an empty answer"),
         (["ask", "pictures/a.png", "what ?", "--answers", "a", "--beams", "2"], "--answers chooses from a list"),

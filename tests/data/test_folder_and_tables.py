@@ -193,8 +193,8 @@ def test_a_sidecar_that_is_no_utf8_is_told(tmp_path):
     source = open_source(str(tmp_path))
     assert told(source) == [("a.jpg", ()), ("b.jpg", ("été",)), ("c.jpg", ())]
     assert [(fault.sample, fault.reason) for fault in source.faults] == [
-        ("a.txt", "is not UTF-8"),
-        ("c.txt", "is too long to be the text of one picture"),
+        ("a.jpg", "is not UTF-8"),
+        ("c.jpg", "is too long to be the text of one picture"),
     ]
 
 
@@ -205,6 +205,13 @@ def test_a_table_of_another_encoding_is_named(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"image,caption\na.jpg,\xe9t\xe9\n")
     with pytest.raises(BadData, match="no rows that can be read: line 2 is not UTF-8"):
         open_source(str(tmp_path / "t.csv"))
+    (tmp_path / "t.jsonl").write_bytes(b'{"image": "a.jpg", "caption": "\xe9t\xe9"}\n')
+    with pytest.raises(BadData, match="no rows that can be read: line 1 is not UTF-8"):
+        open_source(str(tmp_path / "t.jsonl"))
+    put(tmp_path, "in/a.jpg")
+    (tmp_path / "in" / "a.txt").write_bytes(b"\xe9t\xe9")
+    with pytest.raises(BadData, match=r"has no text that can be read: .*a\.txt is not UTF-8"):
+        open_source(str(tmp_path / "in"))
 
 
 def test_a_quote_that_is_not_closed_is_told_and_swallows_no_file(tmp_path):

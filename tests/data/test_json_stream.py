@@ -66,3 +66,6 @@ def test_another_encoding_is_named(tmp_path):
     (tmp_path / "a.json").write_bytes('[{"caption": "café"}]'.encode("latin-1"))
     with pytest.raises(BadData, match=r"a\.json is not UTF-8"):
         list(elements(str(tmp_path / "a.json")))
+    (tmp_path / "a.json").write_bytes('[{"caption": "猫'.encode()[:-1])
+    with pytest.raises(BadData, match="cut short in the middle of a letter"):
+        list(elements(str(tmp_path / "a.json")))

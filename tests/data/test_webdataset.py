@@ -154,6 +154,8 @@ def test_doubled_keys_missing_pictures_and_texts(tmp_path):
             ("line\nbreak 🦁.txt", "löwe".encode()),
             ("h.jpg", second),
             ("h.txt", "löwe".encode("latin-1")),
+            ("i.jpg", second),
+            ("i.json", '{"caption": "löwe"}'.encode("latin-1")),
         ],
     )
     source = open_source(str(place))
@@ -167,9 +169,11 @@ def test_doubled_keys_missing_pictures_and_texts(tmp_path):
         ("a/g", ()),
         ("a/line break 🦁", ("löwe",)),
         ("a/h", ()),
+        ("a/i", ()),
     ]
-    assert [fault.sample for fault in source.faults] == ["a", "h.txt"]
-    assert "second picture" in source.faults[0].reason and source.faults[1].reason == "is not UTF-8"
+    assert [fault.sample for fault in source.faults] == ["a", "a/h", "a/i"]
+    assert "second picture" in source.faults[0].reason
+    assert {fault.reason for fault in source.faults[1:]} == {"has a text for it that is not UTF-8"}
     assert source[0].image == first and source[5].image == second and source[7].image == second
     reasons = {1: "but no picture", 2: "has no caption", 3: "empty file", 4: "not a picture", 6: "has no caption"}
     for number, reason in reasons.items():

@@ -10,6 +10,7 @@ import torch
 
 from blip2.data.shards import write_manifest, write_split
 from blip2.errors import BadData, BadRecipe, MissingFile
+from blip2.training import sources
 from blip2.training.loop import train
 from blip2.training.optimizer import encoder_depths, parameter_groups
 from blip2.training.progress import TIMING, read_metrics
@@ -238,18 +239,20 @@ def test_a_run_is_judged_by_a_table_whose_pictures_lie_elsewhere(root, tmp_path,
         build_in(root, apply_overrides(recipe, ["training.best_metric=val/r2"]), tmp_path / "other")
 
 
-def test_what_stage_1_cannot_be_judged_by_is_named(root, tmp_path):
+def test_what_stage_1_cannot_be_judged_by_is_named_before_anything_is_computed(root, tmp_path, capsys):
     (tmp_path / "0.png").write_bytes(picture(0).image)
     (tmp_path / "val.jsonl").write_text(json.dumps({"image": "0.png", "question": "what ?", "answer": "a cup"}))
     recipe = recipe_of(root, "stage1", f"data.validation=[{tmp_path / 'val.jsonl'}]")
     with pytest.raises(BadRecipe, match=r"data.validation: .*val.jsonl has no captions\."):
         build_in(root, recipe, tmp_path / "run")
-    recipe = recipe_of(root, "stage1", "training.best_metric=val/r1")
+    capsys.readouterr()
+    recipe = recipe_of(root, "stage1", "training.best_metric=val/r1", "data.mixture.0.num_views=5")
     with pytest.raises(BadRecipe, match=r"they give nothing, for data\.validation is empty"):
         build_in(root, recipe, tmp_path / "run")
-    recipe = recipe_of(root, "stage1", "training.batch_size=1")
+    recipe = recipe_of(root, "stage1", "training.batch_size=1", "data.mixture.0.num_views=5")
     with pytest.raises(BadRecipe, match=r"at least twice training\.accumulation"):
         build_in(root, recipe, tmp_path / "run")
+    assert "image features" not in capsys.readouterr().err
 
 
 def test_a_start_that_is_not_there_is_told_before_anything_is_computed(root, tmp_path, capsys):
@@ -259,3 +262,43 @@ def test_a_start_that_is_not_there_is_told_before_anything_is_computed(root, tmp
         with pytest.raises(MissingFile, match=r"model\.init_from: "):
             build_in(root, recipe, tmp_path / "new")
     assert "image features" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("broken_off", [3, 9, 25])
+def test_features_that_were_broken_off_count_each_broken_picture_once(tmp_path, monkeypatch, broken_off):
+    (tmp_path / "parts").mkdir()
+    root = spoilt_parts(tmp_path / "parts", [1, 7])
+    recipe = recipe_of(root, "stage1", "data.stop_share=1.0", "data.mixture.0.num_views=3")
+    monkeypatch.setattr(sources, "ENCODE", 2)
+    real, calls = sources._encoded, []
+
+    def encoded(*given):
+        calls.append(given)
+        if len(calls) * 2 > broken_off:
+            raise KeyboardInterrupt
+        return real(*given)
+
+    monkeypatch.setattr(sources, "_encoded", encoded)
+    with pytest.raises(KeyboardInterrupt):
+        build_in(root, recipe, tmp_path / "run")
+    monkeypatch.setattr(sources, "_encoded", real)
+    faults = build_in(root, recipe, tmp_path / "run").faults
+    assert (faults.num_seen, faults.num_faults, faults.num_named) == (24, 2, 2)
+
+
+def test_what_a_run_is_judged_by_is_no_reason_to_stop_it_where_little_of_it_is_bad(root, tmp_path):
+    (tmp_path / "0.png").write_bytes(picture(0).image)
+    rows = [json.dumps({"image": "0.png", "caption": f"cup {number}"}) for number in range(290)] + ["broken"] * 10
+    (tmp_path / "val.jsonl").write_text("\n".join(rows))
+    recipe = recipe_of(root, "stage1", f"data.validation=[{tmp_path / 'val.jsonl'}]")
+    assert build_in(root, recipe, tmp_path / "run").faults.num_faults == 10
+
+
+def test_a_text_that_is_not_utf8_is_one_fault(root, tmp_path):
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(picture(number).image)
+        (tmp_path / f"{number}.txt").write_bytes(b"a cup" if number else b"\xe9t\xe9")
+    recipe = recipe_of(root, "stage1", f"data.mixture=[{{source: {tmp_path}}}]", "data.stop_share=1.0")
+    build_in(root, recipe, tmp_path / "run")
+    (line,) = (tmp_path / "run" / "faults.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"sample": "0.png", "where": str(tmp_path / "0.txt"), "reason": "is not UTF-8"}

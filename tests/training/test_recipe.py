@@ -90,6 +90,8 @@ def test_help_stands_above_each_setting(recipe):
         ("{learning_rate", "{lr", "optimizer.lr is no setting; did you mean optimizer.learning_rate?"),
         ("name: trial", "name: ../../x", "name is '../../x': give one that the folder of the run can have"),
         ("name: trial", "name: ''", "name is ''"),
+        ("name: trial", "name: .", "name is '.'"),
+        ("data:", "data:\n  validation: [val, {split: val}]", "data: validation names val twice"),
         ("1e-4", "1e-6", "min_learning_rate 1e-05 is above learning_rate 1e-06: lower it"),
         ("data:", "data:\n  validation: [3]", "data.validation.0 is 3: input should be a valid string"),
         (

@@ -35,11 +35,11 @@ class Mark(NamedTuple):
 
     Attributes:
         shared: names of weights and the ones they are.
-        group_size: of inputs, beside weights of eight bits; folders of before 2026-12 do not tell, and it is 32.
+        group_size: of weights of four bits, and of inputs beside those of eight; None where it was not told: 32.
     """
 
     shared: dict[str, str]
-    group_size: int
+    group_size: int | None
 
 
 def is_quantized(folder: Path) -> bool:
@@ -47,8 +47,9 @@ def is_quantized(folder: Path) -> bool:
     return (folder / MARK).is_file()
 
 
-def group_size(folder: Path) -> int:
-    """Of a quantised part: weights of four bits, and inputs beside those of eight, that share a scale.
+def group_size(folder: Path) -> int | None:
+    """Of a quantised LLM: weights of four bits, and inputs beside those of eight, that share a scale; None of an image
+    encoder, which rounds whole rows, and where the folder does not tell.
 
     Raises:
         BadData: the folder's mark is broken.
@@ -56,14 +57,14 @@ def group_size(folder: Path) -> int:
     return _read_mark(folder).group_size
 
 
-def save(network: Any, bits: str, folder: Path, *, group_size: int = GROUP_SIZE) -> None:
+def save(network: Any, bits: str, folder: Path, *, group_size: int | None = None) -> None:
     """Writes a network that `model.quantized.quantize` has been through.
 
     Args:
         network: a Hugging Face model or tower.
         bits: what it was quantised to.
         folder: where; made if need be.
-        group_size: that it was quantised with.
+        group_size: that it was quantised with, if that means anything for it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     network.config.save_pretrained(folder)
@@ -82,7 +83,8 @@ def save(network: Any, bits: str, folder: Path, *, group_size: int = GROUP_SIZE)
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} could not be written: {error}.") from error
-    mark = {"format": FORMAT, "bits": bits, "group_size": group_size, "shared": shared}
+    grouped = {} if group_size is None else {"group_size": group_size}
+    mark = {"format": FORMAT, "bits": bits, **grouped, "shared": shared}
     (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
 
 
@@ -109,7 +111,9 @@ def load(
         network = make()
     quantized, misshapen = [], set()
     for place in sorted({name.rpartition(".")[0] for name in weights}):
-        layer = _layer(place, weights, network, dtype, rounds_inputs=is_vision, group_size=mark.group_size)
+        layer = _layer(
+            place, weights, network, dtype, rounds_inputs=is_vision, group_size=mark.group_size or GROUP_SIZE
+        )
         if layer is not None:
             misshapen |= set() if _sizes(layer) == _sizes(network.get_submodule(place)) else {place}
             network.set_submodule(place, layer)
@@ -166,7 +170,9 @@ def _read_mark(folder: Path) -> Mark:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
         if mark["format"] != FORMAT:
             raise BadData(f"{folder / MARK} has a format that this version does not know. Update blip2.")
-        group_size = mark.get("group_size", GROUP_SIZE)
+        if "group_size" not in mark:
+            return Mark({str(name): str(owner) for name, owner in mark["shared"].items()}, None)
+        group_size = mark["group_size"]
         if group_size not in GROUP_SIZES:
             raise BadData(f"{folder / MARK} has groups of {group_size!r}, which are not among {GROUP_SIZES}. {AGAIN}")
         return Mark({str(name): str(owner) for name, owner in mark["shared"].items()}, int(group_size))

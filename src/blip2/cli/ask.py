@@ -50,6 +50,8 @@ def ask(
     given = _answer_list(answers, chosen | ({"preset": preset} if preset else {}))
     if not files:  # a lone argument is taken for the question
         raise UserError('Name a picture and ask something about it: blip2 ask FILE "What is this?"')
+    if question.lower().endswith(PICTURE_SUFFIXES):
+        raise UserError(f"The question comes last, and {question} names a picture. What shall be asked?")
     found = pictures.expand(files)
     if attention is not None and len(found) != 1:
         raise UserError(f"--attention draws over one picture, and there are {len(found)}. Give one.")

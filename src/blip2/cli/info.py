@@ -97,9 +97,8 @@ def _frozen_part(part: "FrozenPart", settings: "ModelSettings", folder: Path) ->
             "name": f"{made_of['bits']} of {made_of['name']}",
             "licence": _frozen_part(FrozenPart(made_of["name"]), settings, folder)["licence"],
             "bytes": sum(path.stat().st_size for path in own.glob("*.safetensors")),
-            "group_size": group_size(own),
             "place": part.name,
-        }
+        } | ({"group_size": grouped} if (grouped := group_size(own)) else {})
     packages = [PACKAGES[key] for key in MODELS.get(part.name, ())]
     if not packages:
         return {"name": part.name, "licence": "see there"}

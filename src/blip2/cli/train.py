@@ -62,6 +62,8 @@ def train(
 
     run_dir = out or paths.runs_dir() / chosen.name
     run_dir.mkdir(parents=True, exist_ok=True)
+    if distributed.is_launched():  # one that waits for the others in C would not obey what main set
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with distributed.joined():
         summary = loop.train(build(chosen, run_dir), chosen, run_dir, resume)
     if summary.stopped_by and not distributed.is_launched():  # torchrun says so itself

@@ -59,9 +59,11 @@ def _with_sidecars(folder: str, images: str) -> Source:
         stem = os.path.splitext(name)[0]
         candidates = [base + suffix for base in (stem, name) for suffix in SIDECARS]
         beside = next((sidecar for sidecar in candidates if sidecar in texts), None)
-        captions = _lines(places.join(folder, beside), faults) if beside else ()
+        captions = _lines(places.join(folder, beside), as_text(name), faults) if beside else ()
         num_told += bool(captions)
         records.append(name, Sample(as_text(name), b"", captions, source="folder"))
+    if not num_told and faults:
+        raise BadData(f"{places.shown(folder)} has no text that can be read: {faults[0].where} {faults[0].reason}.")
     if not num_told:
         raise BadData(
             f"{places.shown(folder)} holds {len(records):,} pictures and a text to none of them. Expected a.txt or "
@@ -70,11 +72,11 @@ def _with_sidecars(folder: str, images: str) -> Source:
     return Source(folder, records, FilePictures(images), faults)
 
 
-def _lines(place: str, faults: list[Fault]) -> tuple[str, ...]:
+def _lines(place: str, sample_id: str, faults: list[Fault]) -> tuple[str, ...]:
     try:
         text = places.read_bytes(place, most=_MOST_TEXT)
     except (BadData, MissingFile):
-        faults.append(Fault(places.name_of(place), places.shown(place), "cannot be read"))
+        faults.append(Fault(sample_id, places.shown(place), "cannot be read"))
         return ()
     try:
         if len(text) <= _MOST_TEXT:
@@ -82,5 +84,5 @@ def _lines(place: str, faults: list[Fault]) -> tuple[str, ...]:
         reason = "is too long to be the text of one picture"
     except UnicodeDecodeError:
         reason = NOT_UTF8
-    faults.append(Fault(places.name_of(place), places.shown(place), reason))
+    faults.append(Fault(sample_id, places.shown(place), reason))
     return ()

@@ -30,8 +30,12 @@ def elements(place: str) -> Iterator[tuple[str | None, Any]]:
     with places.open_binary(place) as file:
         try:
             yield from _Parser(file).elements()
-        except UnicodeDecodeError:
-            raise BadData(f"{places.shown(place)} is not UTF-8. Write it in UTF-8: iconv -f LATIN1 -t UTF-8.") from None
+        except UnicodeDecodeError as error:
+            if error.reason != "unexpected end of data":
+                raise BadData(
+                    f"{places.shown(place)} is not UTF-8. Write it in UTF-8, with iconv for example."
+                ) from None
+            raise BadData(f"{places.shown(place)} is cut short in the middle of a letter.") from None
         except (ValueError, RecursionError):
             raise BadData(f"{places.shown(place)} is not JSON, or it is cut short or damaged.") from None
 

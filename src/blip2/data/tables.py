@@ -103,6 +103,9 @@ def _rows(place: str) -> tuple[Sequence[str], Iterator[Row]]:
         rows = _json_lines(place)
         head = list(itertools.islice(rows, 100))
         named = dict.fromkeys(name for _, row in head if not isinstance(row, str) for name in row)
+        if head and not named and isinstance(head[0][1], str):
+            line, reason = head[0]
+            raise BadData(f"{places.shown(place)} has no rows that can be read: line {line} {reason}.")
         return list(named), itertools.chain(head, rows)
     return _delimited(place, is_tab=suffix == ".tsv")
 

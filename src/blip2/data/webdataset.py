@@ -28,10 +28,11 @@ from blip2.data.records import Records, encode
 from blip2.data.sample import Question, Sample
 from blip2.data.source import Source
 from blip2.data.splits import choose_split, refuse_split
-from blip2.data.texts import NOT_UTF8, as_text, as_texts, make_question
+from blip2.data.texts import as_text, as_texts, make_question
 from blip2.errors import BadData, MissingFile
 
 VERSION = 2
+TEXT_NOT_UTF8 = "has a text for it that is not UTF-8"
 _TEXTS = (".txt", ".text", ".caption")
 _MOST_TEXT = 1 << 20  # bytes of a text or JSON member
 _INDEX_AT_ONCE = 8  # archives, in processes
@@ -124,6 +125,7 @@ def _index(archive: str) -> tuple[dict[str, Any], list[bytes]]:
 def _go_through(archive: str, size: int) -> tuple[list[bytes], list[Fault]]:
     members: dict[str, _Member] = {}
     faults: list[Fault] = []
+    stem = places.name_of(archive).removesuffix(".tar")
     with places.open_binary(archive) as file:
         for member, data in _members(file, size, archive, faults):
             key, suffix = _key(member.name)
@@ -140,10 +142,12 @@ def _go_through(archive: str, size: int) -> tuple[list[bytes], list[Fault]]:
                 try:
                     found.text = data.decode("utf-8-sig")
                 except UnicodeDecodeError:
-                    faults.append(Fault(as_text(member.name), places.shown(archive), NOT_UTF8))
+                    faults.append(Fault(as_text(f"{stem}/{key}"), places.shown(archive), TEXT_NOT_UTF8))
             elif suffix.endswith(".json") and not found.notes:
-                found.notes = _object(data)
-    stem = places.name_of(archive).removesuffix(".tar")
+                try:
+                    found.notes = _object(data.decode("utf-8-sig"))
+                except UnicodeDecodeError:
+                    faults.append(Fault(as_text(f"{stem}/{key}"), places.shown(archive), TEXT_NOT_UTF8))
     lines = [encode([0, *member.image], _sample(f"{stem}/{key}", member)) for key, member in members.items()]
     return lines, faults
 
@@ -186,7 +190,7 @@ def _key(name: str) -> tuple[str, str]:
     return (folder + slash + stem if stem and dot else ""), f".{suffix.lower()}"
 
 
-def _object(data: bytes) -> Mapping[str, Any]:
+def _object(data: str) -> Mapping[str, Any]:
     with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(data)
         if isinstance(found, Mapping):

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,11 +24,11 @@ from blip2.training.parts import FrozenParts, frozen_dtype, load_language_model,
 from blip2.training.recipe import check_ranks
 from blip2.training.sections import Recipe, TrainingSection
 from blip2.training.sharding import compute_activations_again, shard_frozen_parts
-from blip2.training.sources import count_texts, held_out, make_source, texts_sha256
+from blip2.training.sources import Opened, count_texts, held_out, make_source, open_validation, texts_sha256
 from blip2.training.stage1 import Sentences, Stage1Step
 from blip2.training.stage2 import Stage2Step
 from blip2.training.starting import found_start, start_from
-from blip2.training.validation import Answers, Retrieval
+from blip2.training.validation import MEASURES, Answers, Retrieval
 
 VALIDATION_QUESTIONS = 256
 LISTED_SEED = 1_000_003  # added to a run's seed, so that classified samples are others than those the LLM answers
@@ -48,6 +49,11 @@ def build(recipe: Recipe, run_dir: Path) -> Job:
     use_threads(recipe.training.threads)
     torch.manual_seed(recipe.seed)
     check_ranks(recipe, world_size())
+    if recipe.stage == "stage1" and recipe.training.micro_batch_size < 2:
+        raise BadRecipe(
+            "stage1 tells a pair apart from the others that are computed with it: training.batch_size must be at least "
+            "twice training.accumulation."
+        )
     with first_goes_first():  # it fetches what is not there yet
         parts = load_parts(recipe)
         if recipe.model.init_from is not None:
@@ -60,20 +66,21 @@ def build(recipe: Recipe, run_dir: Path) -> Job:
     faults = FaultLog(
         run_dir / (f"faults-{rank()}.jsonl" if rank() else "faults.jsonl"), stop_share=recipe.data.stop_share
     )
+    judged = [open_validation(recipe, entry) for entry in recipe.data.validation]
+    _check_best_metric(recipe, [f"{one.name}/{measure}" for one in judged for measure in MEASURES[recipe.stage]])
     sources = [make_source(recipe, item, parts, faults) for item in recipe.data.mixture]
     reader = ItemReader(sources, recipe.data, recipe.seed)
     torch.manual_seed(recipe.seed)  # what data draws must not decide the bridge's start
     job = _stage1_job if recipe.stage == "stage1" else _stage2_job
-    made = job(recipe, parts, reader, faults)
+    made = job(recipe, parts, reader, faults, judged)
     named = zip(recipe.data.mixture, sources, strict=True)
     made.texts = {item.name: texts_sha256(source.samples) for item, source in named}
-    _check_best_metric(recipe, made)
+    _check_best_metric(recipe, [name for _, evaluator in made.evaluators for name in getattr(evaluator, "gives", ())])
     return made
 
 
-def _check_best_metric(recipe: Recipe, job: Job) -> None:
+def _check_best_metric(recipe: Recipe, given: Sequence[str]) -> None:
     """Raises BadRecipe where no evaluation gives what the best checkpoint is to be chosen by."""
-    given = [name for _, evaluator in job.evaluators for name in getattr(evaluator, "gives", ())]
     wanted = recipe.training.best_metric
     if wanted is not None and wanted not in given:
         there = ", ".join(given) or "nothing, for data.validation is empty"
@@ -83,12 +90,9 @@ def _check_best_metric(recipe: Recipe, job: Job) -> None:
 # Stage 1
 
 
-def _stage1_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader, faults: FaultLog) -> Job:
-    if recipe.training.micro_batch_size < 2:
-        raise BadRecipe(
-            "stage1 tells a pair apart from the others that are computed with it: training.batch_size must be at least "
-            "twice training.accumulation."
-        )
+def _stage1_job(
+    recipe: Recipe, parts: FrozenParts, reader: ItemReader, faults: FaultLog, judged: Sequence[Opened]
+) -> Job:
     model = Blip2Stage1(_vision(recipe, parts), parts.config)
     load_text_weights(model, parts.text_init.state_dict)
     training = recipe.training
@@ -108,7 +112,7 @@ def _stage1_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader, faults: 
         itc_chunk=training.itc_chunk,
     )
     batches = Stage1Batches(reader, parts.qformer_tokenizer, recipe.data, training.micro_batch_size)
-    held = [held_out(recipe, name, parts, faults) for name in recipe.data.validation]
+    held = [held_out(recipe, one, parts, faults) for one in judged]
     evaluators = [(training.evaluate_every, Retrieval(model, parts.qformer_tokenizer, each)) for each in held]
     return Job(
         module=_placed(recipe, step, parts),
@@ -167,7 +171,9 @@ def _sentence_model(model: Blip2Stage1) -> Blip2Stage1:
 # Stage 2 and instruction tuning
 
 
-def _stage2_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader, faults: FaultLog) -> Job:
+def _stage2_job(
+    recipe: Recipe, parts: FrozenParts, reader: ItemReader, faults: FaultLog, judged: Sequence[Opened]
+) -> Job:
     assert recipe.model.language is not None
     language_model, language_tokenizer = load_language_model(recipe.model.language, frozen_dtype(recipe))
     if hasattr(language_model.model, "set_attn_implementation"):
@@ -194,7 +200,7 @@ def _stage2_job(recipe: Recipe, parts: FrozenParts, reader: ItemReader, faults: 
         splits_captions=recipe.splits_captions(is_encoder_decoder=language_model.is_encoder_decoder),
     )
     every = recipe.training.evaluate_every
-    held = [held_out(recipe, name, parts, faults) for name in recipe.data.validation]
+    held = [held_out(recipe, one, parts, faults) for one in judged]
     evaluators = [(every, Answers(model, batches, each, VALIDATION_QUESTIONS)) for each in held]
     if recipe.training.answer_samples:
         step, all_batches = _with_answers(recipe, model, batches)

@@ -51,7 +51,9 @@ class CachedImages:
         view = int(rng.integers(self.num_views))
         features = self.features.read(index * self.num_views + view)  # (N, Dv)
         if np.isnan(features[0, 0]):
-            fault = self.features.faults.get(index) or Fault(str(index), self.name, "has a picture that is broken")
+            fault = self.features.faults.get(index) or Fault(
+                str(index), self.name, "has no features, for its picture could not be read when they were made"
+            )
             raise BadSample(fault.sample, fault.where, fault.reason)
         if self.token_share < 1:
             kept = max(1, round(len(features) * self.token_share))

@@ -91,8 +91,8 @@ class DataItem:
 
     @property
     def name(self) -> str:
-        """What messages call it."""
-        return self.source or self.split or ""
+        """What messages and metrics call it."""
+        return ":".join(part for part in (self.source, self.split) if part)
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -167,6 +167,9 @@ class DataSection:
     def _every_source_gets_a_share(self) -> "DataSection":
         if self.image_token_share < 1 and not self.cache_features:
             raise ValueError("image_token_share draws among cached features: set cache_features: true")
+        names = [entry if isinstance(entry, str) else entry.name for entry in self.validation]
+        if len(set(names)) < len(names):
+            raise ValueError(f"validation names {max(names, key=names.count)} twice, and its metrics would be mixed up")
         total = sum(item.weight for item in self.mixture)
         for item in self.mixture:
             if item.weight / total < SMALLEST_SHARE:
@@ -346,7 +349,7 @@ class Recipe:
     @model_validator(mode="after")
     def _name_is_a_folder(self) -> "Recipe":
         path = PurePath(self.name)
-        if not self.name.strip() or path.is_absolute() or ".." in path.parts:
+        if not self.name.strip() or not path.parts or path.is_absolute() or ".." in path.parts:
             raise ValueError(f"name is {self.name!r}: give one that the folder of the run can have")
         return self
 

@@ -69,20 +69,39 @@ def open_item(recipe: Recipe, item: DataItem) -> Opened:
         assert item.split is not None, "the recipe was checked"
         folder = data_folder(recipe.data.folder)
         split = open_split(folder, item.split)
-        return Opened(item.split, split, list(split.described()), pictures_sha256(folder, item.split))
+        return Opened(item.name, split, list(split.described()), pictures_sha256(folder, item.split))
     found = open_source(item.source, images=item.images, split=item.split, columns=item.columns or None)
-    return Opened(item.source, found, list(found.described()), found.pictures_sha256(), found.faults)
+    return Opened(item.name, found, list(found.described()), found.pictures_sha256(), found.faults)
 
 
 def open_validation(recipe: Recipe, entry: str | DataItem) -> Opened:
-    """The samples of an entry of data.validation: a split of data.folder, or a source of its own."""
-    if isinstance(entry, DataItem):
-        return open_item(recipe, entry)
-    try:
-        is_split = entry in read_manifest(data_folder(recipe.data.folder))["splits"]
-    except MissingFile:
-        is_split = False
-    return open_item(recipe, DataItem(split=entry) if is_split else DataItem(source=entry))
+    """The samples of an entry of data.validation: a split of data.folder, or a source of its own.
+
+    Raises:
+        BadRecipe: nothing is said or asked there that a run could be judged by.
+        MissingFile, BadData: see `open_item`.
+    """
+    if isinstance(entry, str):
+        try:
+            is_split = entry in read_manifest(data_folder(recipe.data.folder))["splits"]
+        except MissingFile:
+            is_split = False
+        entry = DataItem(split=entry) if is_split else DataItem(source=entry)
+    opened = open_item(recipe, entry)
+    if not _rows_to_judge_by(recipe, opened):
+        needed = "captions" if recipe.stage == "stage1" else "captions, and no questions with answers"
+        raise BadRecipe(f"data.validation: {opened.name} has no {needed}.")
+    return opened
+
+
+def _rows_to_judge_by(recipe: Recipe, opened: Opened) -> list[int]:
+    """Samples of which something is said or, but for stage 1, which answers nothing, asked and answered."""
+    asks = recipe.stage != "stage1"
+    return [
+        row
+        for row, sample in enumerate(opened.texts)
+        if sample.captions or (asks and any(question.answer for question in sample.questions))
+    ]
 
 
 def data_folder(name: str) -> Path:
@@ -104,9 +123,9 @@ def make_source(recipe: Recipe, item: MixtureItem, parts: FrozenParts, faults: F
         BadRecipe: it has no texts for the task.
     """
     opened = open_item(recipe, item)
+    _count_texts_of(opened, faults)
     questions = _questions(opened, item) if item.task == "question" else None
     rows = _with_captions(opened, faults) if questions is None else None
-    _list(opened.faults, faults)
     neighbours = None
     if recipe.data.neighbour_share and questions is None:
         texts = opened.texts if rows is None else [opened.texts[row] for row in rows]
@@ -121,9 +140,16 @@ def _with_captions(opened: Opened, faults: FaultLog) -> Sequence[int] | None:
     if not rows:
         raise BadRecipe(f"data.mixture: {opened.name} has no captions; give it the task question.")
     lacking = {row for row in range(len(opened.texts))} - set(rows)
-    faults.seen(len(opened.texts))
-    _list([Fault(opened.texts[row].id, opened.name, "has no caption") for row in sorted(lacking)], faults)
+    told = {fault.sample for fault in opened.faults}  # such as a text that is not UTF-8
+    lost = [opened.texts[row].id for row in sorted(lacking)]
+    _list([Fault(name, opened.name, "has no caption") for name in lost if name not in told], faults)
     return rows if lacking else None
+
+
+def _count_texts_of(opened: Opened, faults: FaultLog) -> None:
+    """Counts the texts of a source, and lists what its reader left out."""
+    faults.seen(len(opened.texts) + len(opened.faults))
+    _list(opened.faults, faults)
 
 
 def _list(found: Sequence[Fault], faults: FaultLog) -> None:
@@ -190,33 +216,22 @@ class HeldOut:
         return torch.stack([self.images.read(self.rows[number], plain) for number in numbers])
 
 
-def held_out(recipe: Recipe, entry: str | DataItem, parts: FrozenParts, faults: FaultLog) -> HeldOut:
-    """An entry of data.validation, its pictures as they are; those that cannot be read are left out, and so is of what
+def held_out(recipe: Recipe, opened: Opened, parts: FrozenParts, faults: FaultLog) -> HeldOut:
+    """What `open_validation` gave, its pictures as they are; those that cannot be read are left out, and so is of what
     nothing is said or asked.
 
     Raises:
-        BadRecipe: nothing is left, or stage 1 would be judged by what has no captions.
+        BadRecipe: nothing is left.
     """
-    opened = open_validation(recipe, entry)
-    name = opened.name
-    _list(opened.faults, faults)
+    _count_texts_of(opened, faults)
     if recipe.model.train_vision:
         images: Images = OnlineImages(opened.samples, _transform(parts), is_varied=False)
     else:
         images = CachedImages(image_features(opened, parts, faults), name=opened.name)
-    told = [row for row, sample in enumerate(opened.texts) if sample.captions or _is_asked(sample, recipe)]
-    if not told:
-        needed = "captions" if recipe.stage == "stage1" else "captions, and no questions with answers"
-        raise BadRecipe(f"data.validation: {name} has no {needed}.")
-    rows = [row for row in told if _is_readable(images, row)]
+    rows = [row for row in _rows_to_judge_by(recipe, opened) if _is_readable(images, row)]
     if not rows:
-        raise BadRecipe(f"data.validation: no picture of {name} can be read.")
-    return HeldOut(name, [opened.texts[row] for row in rows], images, rows)
-
-
-def _is_asked(sample: Sample, recipe: Recipe) -> bool:
-    """Whether a question with an answer is there to judge by; stage 1 answers none."""
-    return recipe.stage != "stage1" and any(question.answer for question in sample.questions)
+        raise BadRecipe(f"data.validation: no picture of {opened.name} can be read.")
+    return HeldOut(opened.name, [opened.texts[row] for row in rows], images, rows)
 
 
 def _is_readable(images: Images, row: int) -> bool:
@@ -278,8 +293,9 @@ def image_features(
     chunk = max(64, at_once)
     folder = paths.home() / "features" / key.name
     with first_goes_first():
-        faults.seen(num_done(folder) // num_views)
-        _list(list(read_faults(folder).values()), faults)
+        done = num_done(folder)
+        faults.seen(-(-done // num_views))
+        _list([fault for index, fault in read_faults(folder).items() if index * num_views < done], faults)
         progress = _progress(f"image features of {opened.name}")
         return open_or_build(folder.parent, key, encode, chunk=chunk, progress=progress)
 

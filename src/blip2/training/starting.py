@@ -75,7 +75,7 @@ def found_start(source: str) -> Path:
         HUB_NAME.fullmatch(source) and path.suffix not in (".pth", ".safetensors") and not path.parent.exists()
     )
     if is_hub_name and not path.exists():
-        return frozen.hub_folder(source, f"model.init_from: {source!r} is no run, folder or file here")
+        path = frozen.hub_folder(source, f"model.init_from: {source!r} is no run, folder or file here")
     if path.is_file() or huggingface.is_checkpoint(path) or (path / native.SETTINGS_FILE).is_file():
         return path
     try:

@@ -26,6 +26,8 @@ from blip2.training.stage2 import Stage2Batch, Stage2Step
 
 CHUNK = 128
 LONGEST_ANSWER, LONGEST_CAPTION = 12, 30
+_SAID = ("loss", "exact", "cider", "vqa")
+MEASURES = {"stage1": ("r1", "r10"), "stage2": _SAID, "instruct": _SAID}  # that there may be of a stage
 
 
 @dataclass(frozen=True)
