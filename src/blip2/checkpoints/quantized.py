@@ -170,12 +170,13 @@ def _read_mark(folder: Path) -> Mark:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
         if mark["format"] != FORMAT:
             raise BadData(f"{folder / MARK} has a format that this version does not know. Update blip2.")
+        shared = {str(name): str(owner) for name, owner in mark["shared"].items()}
         if "group_size" not in mark:
-            return Mark({str(name): str(owner) for name, owner in mark["shared"].items()}, None)
-        group_size = mark["group_size"]
-        if group_size not in GROUP_SIZES:
-            raise BadData(f"{folder / MARK} has groups of {group_size!r}, which are not among {GROUP_SIZES}. {AGAIN}")
-        return Mark({str(name): str(owner) for name, owner in mark["shared"].items()}, int(group_size))
+            return Mark(shared, None)
+        if mark["group_size"] not in GROUP_SIZES:
+            told = f"has groups of {mark['group_size']!r}, which are not among {GROUP_SIZES}"
+            raise BadData(f"{folder / MARK} {told}. {AGAIN}")
+        return Mark(shared, int(mark["group_size"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadData(f"{folder / MARK} is broken ({error!r}). {AGAIN}") from None
 

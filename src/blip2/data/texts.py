@@ -6,6 +6,7 @@ become a tuple of clean strings, which is empty where nothing was said.
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 from blip2.data.sample import Question
 
 NOT_UTF8 = "is not UTF-8"  # why a text is left out
+_SINGLE = re.compile("[\udc80-\udcff]")
 _FIELDS_OF_TEXT = ("answer", "caption", "raw", "text", "phrase")  # of an object that stands for a text
 
 
 def is_utf8(text: str) -> bool:
     """Whether no byte of it was none of UTF-8's: those come as single surrogates from `places.open_text`."""
-    return text.isascii() or not any("\udc80" <= letter <= "\udcff" for letter in text)
+    return text.isascii() or _SINGLE.search(text) is None
 
 
 def as_text(value: Any) -> str:

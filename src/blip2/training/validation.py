@@ -41,7 +41,7 @@ class Retrieval:
     @property
     def gives(self) -> tuple[str, ...]:
         """Names of what it measures."""
-        return tuple(f"{self.held.name}/{name}" for name in ("r1", "r10"))
+        return tuple(f"{self.held.name}/{name}" for name in MEASURES["stage1"])
 
     def __call__(self) -> dict[str, float]:
         """Share of pictures whose caption is the most similar, or among the ten most similar, of the split's."""
