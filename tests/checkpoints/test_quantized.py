@@ -14,7 +14,7 @@ import blip2
 from blip2.checkpoints import quantized
 from blip2.cli.main import app
 from blip2.errors import BadData, MissingFile, Untrusted, UserError
-from blip2.model.graphs.taking_over import OnnxLinear
+from blip2.model.graphs.taking_over import Product
 from blip2.model.quantized import Int4Linear, Int8Linear
 
 SPEAKING = ("blip2-opt", "blip2-t5", "instructblip-llama", "instructblip-t5")
@@ -60,7 +60,7 @@ def test_the_folder_gives_what_rounding_at_load_gives(peers, tmp_path, kind, bit
     models = blip2.load(folder, quantize=bits), blip2.load(moved)
     for model in models:
         modules = list(model.generator.model.language_model.modules())
-        assert any(isinstance(module, OnnxLinear) for module in modules), "the head is a graph"
+        assert any(isinstance(module, Product) for module in modules), "the head is a graph"
         assert not any(isinstance(module, Int4Linear | Int8Linear) for module in modules), "and all layers are in one"
     rounded, read = map(said, models)
     assert torch.equal(rounded[0], read[0]) and torch.equal(rounded[1], read[1])
@@ -156,24 +156,29 @@ def test_a_mark_that_is_no_mark_is_named(small):
         blip2.load(small)
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4"])
-def test_inputs_of_eight_bits_have_the_groups_that_were_asked_for(peers, tmp_path, bits, monkeypatch):
+def test_a_folder_tells_its_groups_and_whether_weights_were_turned(peers, tmp_path, monkeypatch):
     monkeypatch.setattr("blip2.inference.loading._take_over", lambda network: None)  # the layers stay to be seen
-    run("quantize", peers("blip2-opt").folder, tmp_path / "small", "--to", bits, "--group-size", 64)
-    head = blip2.load(tmp_path / "small").generator.language_model.model.get_output_embeddings()
-    assert isinstance(head, Int8Linear) and head.group_size == 64
+    run("quantize", peers("blip2-opt").folder, tmp_path / "small", "--to", "int4", "--group-size", 64)
+
+    def layers():
+        network = blip2.load(tmp_path / "small").generator.language_model.model
+        return [layer for layer in network.modules() if isinstance(layer, Int4Linear)]
+
+    assert layers() and all(layer.group_size == 64 and layer.turned_block == 64 for layer in layers())
     told = json.loads(run("info", "--model", tmp_path / "small", "--json"))["frozen"]["language model"]
     assert told["group_size"] == 64
     assert told["bytes"] == (tmp_path / "small" / "language" / quantized.WEIGHTS).stat().st_size
     place = tmp_path / "small" / "language" / quantized.MARK
     mark = json.loads(place.read_text())
-    del mark["group_size"]  # as folders had it before
-    place.write_text(json.dumps(mark))
-    head = blip2.load(tmp_path / "small").generator.language_model.model.get_output_embeddings()
-    assert head.group_size == 32
+    assert mark["format"] == 2
+    place.write_text(json.dumps(mark | {"format": 1}))  # as before weights were turned
+    assert layers() and not any(layer.turned_block for layer in layers())
+    place.write_text(json.dumps(mark | {"format": 3}))
+    with pytest.raises(BadData, match="Update blip2"):
+        layers()
 
 
-@pytest.mark.parametrize("size", [48, 0, "64", [64], None])
+@pytest.mark.parametrize("size", [48, 0, "64", [64]])
 def test_groups_that_there_are_none_of_are_named(small, size):
     place = small / "language" / quantized.MARK
     place.write_text(json.dumps(json.loads(place.read_text()) | {"group_size": size}))
@@ -185,6 +190,8 @@ def test_a_bad_group_size_or_place_is_refused(peers, tmp_path):
     folder = peers("blip2-opt").folder
     with pytest.raises(UserError, match="group-size"):
         run("quantize", folder, tmp_path / "small", "--to", "int4", "--group-size", 48)
+    with pytest.raises(UserError, match="is for int4"):
+        run("quantize", folder, tmp_path / "small", "--to", "int8", "--group-size", 64)
     copy = shutil.copytree(folder, tmp_path / "copy")
     with pytest.raises(UserError, match="written over"):
         run("quantize", copy, copy, "--to", "int8")

@@ -7,6 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from blip2.errors import UserError
 from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear, quantize, to_int4, to_int8
+from blip2.model.rotation import block_of, turned
 
 OPT = {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "word_embed_proj_dim": 64}
 
@@ -49,6 +50,30 @@ def test_an_int4_layer_computes_with_the_weights_it_stores(linear, group_size):
     assert (layer(x) - expected).abs().max() < 0.01 * expected.abs().max()  # its sums are bfloat16
     assert (weight - linear.weight).square().mean() < 0.0045 * linear.weight.square().mean()
     assert layer.packed.numel() == 0, "the stored weights are let go once they are laid out"
+
+
+def test_turned_weights_compute_with_turned_inputs(linear):
+    stored = to_int4(linear.weight, 64, turned_block=32)
+    layer = Int4Linear(*stored, linear.bias, turned_block=32)
+    assert not layer.scale_and_zero[..., 1].any(), "there is no zero to be added"
+    weight = turned(layer.dequantized(0, 48), 32)
+    assert torch.equal(four_bits(layer), layer.dequantized(0, 48))
+    assert (weight - linear.weight).square().mean() < 0.012 * linear.weight.square().mean()
+    x = torch.randn(2, 5, 128)
+    expected = nn.functional.linear(x, weight, linear.bias)
+    assert (layer(x) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_turning_keeps_products_and_undoes_itself():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 96), torch.randn(5, 96)
+    for block in (1, 2, 32):
+        torch.testing.assert_close(turned(x, block) @ turned(weight, block).t(), x @ weight.t())
+        torch.testing.assert_close(turned(turned(x, block), block), x)
+    assert [block_of(width) for width in (96, 2560, 7, 36)] == [32, 64, 1, 4]
+    one = torch.zeros(1, 64)
+    one[0, 5] = 8
+    assert torch.equal(turned(one, 64).abs(), torch.ones(1, 64)), "what stands out is spread evenly"
 
 
 def test_more_rows_than_are_laid_out_at_once_give_the_same():

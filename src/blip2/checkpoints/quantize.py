@@ -24,7 +24,7 @@ def write(source: Path, name: str, target: Path, bits: Bits, *, group_size: int 
         name: what the model was called by its user, for messages and notes.
         target: the folder to write; it then needs no other file for these parts.
         bits: of the language model's weights.
-        group_size: weights that share a scale in int4, and inputs where a graph rounds them; 32, 64, 128 or 256.
+        group_size: weights that share a scale in int4; 32, 64, 128 or 256.
 
     Raises:
         UserError: the model is quantised already, or has nothing that could be.
@@ -67,7 +67,7 @@ def _parts(
         network, tokenizer = frozen.load_language(settings.language.place(source), dtype="auto")
         quantize(network, bits, group_size=group_size)
         folders[LANGUAGE] = beside / LANGUAGE
-        quantized.save(network, bits, folders[LANGUAGE], group_size=group_size)
+        quantized.save(network, bits, folders[LANGUAGE], group_size=group_size if bits == "int4" else None)
         tokenizer.save_pretrained(folders[LANGUAGE])
         settings = replace(settings, language=FrozenPart(f"{WITHIN}{LANGUAGE}"))
     if not folders:

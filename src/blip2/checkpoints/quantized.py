@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from blip2.checkpoints.mapped import CAN_LET_GO, MappedFile
 from blip2.errors import BadData, MissingFile, Untrusted, UserError
-from blip2.model.quantized import GROUP_SIZE, GROUP_SIZES, Int4Linear, Int8Embedding, Int8Linear
+from blip2.model.quantized import GROUP_SIZES, Int4Linear, Int8Embedding, Int8Linear
+from blip2.model.rotation import block_of
 
 MARK = "quantization.json"
 WEIGHTS = "quantized.safetensors"
-FORMAT = 1
+FORMAT, FORMAT_TURNED = 1, 2  # the second one's four-bit weights are turned
 AGAIN = "Write the folder again with blip2 quantize."
 
 
@@ -35,11 +36,13 @@ class Mark(NamedTuple):
 
     Attributes:
         shared: names of weights and the ones they are.
-        group_size: of weights of four bits, and of inputs beside those of eight; None where it was not told: 32.
+        group_size: of weights of four bits; None where it was not told.
+        are_turned: whether weights of four bits were turned before they were rounded.
     """
 
     shared: dict[str, str]
     group_size: int | None
+    are_turned: bool
 
 
 def is_quantized(folder: Path) -> bool:
@@ -48,8 +51,7 @@ def is_quantized(folder: Path) -> bool:
 
 
 def group_size(folder: Path) -> int | None:
-    """Of a quantised LLM: weights of four bits, and inputs beside those of eight, that share a scale; None of an image
-    encoder, which rounds whole rows, and where the folder does not tell.
+    """Weights of four bits that share a scale; None where there are none, and where the folder does not tell.
 
     Raises:
         BadData: the folder's mark is broken.
@@ -64,7 +66,7 @@ def save(network: Any, bits: str, folder: Path, *, group_size: int | None = None
         network: a Hugging Face model or tower.
         bits: what it was quantised to.
         folder: where; made if need be.
-        group_size: that it was quantised with, if that means anything for it.
+        group_size: that weights of four bits were quantised with.
     """
     folder.mkdir(parents=True, exist_ok=True)
     network.config.save_pretrained(folder)
@@ -84,7 +86,8 @@ def save(network: Any, bits: str, folder: Path, *, group_size: int | None = None
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} could not be written: {error}.") from error
     grouped = {} if group_size is None else {"group_size": group_size}
-    mark = {"format": FORMAT, "bits": bits, **grouped, "shared": shared}
+    are_turned = any(layer.turned_block for layer in network.modules() if isinstance(layer, Int4Linear))
+    mark = {"format": FORMAT_TURNED if are_turned else FORMAT, "bits": bits, **grouped, "shared": shared}
     (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
 
 
@@ -111,9 +114,7 @@ def load(
         network = make()
     quantized, misshapen = [], set()
     for place in sorted({name.rpartition(".")[0] for name in weights}):
-        layer = _layer(
-            place, weights, network, dtype, rounds_inputs=is_vision, group_size=mark.group_size or GROUP_SIZE
-        )
+        layer = _layer(place, weights, network, dtype, rounds_inputs=is_vision, are_turned=mark.are_turned)
         if layer is not None:
             misshapen |= set() if _sizes(layer) == _sizes(network.get_submodule(place)) else {place}
             network.set_submodule(place, layer)
@@ -137,7 +138,7 @@ def _layer(
     dtype: torch.dtype,
     *,
     rounds_inputs: bool,
-    group_size: int,
+    are_turned: bool,
 ) -> nn.Module | None:
     """The quantised layer at a place, of the weights found there; None where they are not of one."""
     names = ("weight", "scale", "packed", "scale_and_zero", "bias")
@@ -147,12 +148,13 @@ def _layer(
     except AttributeError:
         return None  # `load` tells of weights that have no place
     if packed is not None and scale_and_zero is not None:
-        return Int4Linear(packed, scale_and_zero, bias)
+        block = block_of(2 * packed.shape[1]) if are_turned else 0
+        return Int4Linear(packed, scale_and_zero, bias, turned_block=block)
     if weight is None or scale is None or weight.dtype != torch.int8:
         return None
     if isinstance(was, nn.Embedding):
         return Int8Embedding(weight, scale, dtype)
-    return Int8Linear(weight, scale, bias, rounds_inputs=rounds_inputs, group_size=group_size)
+    return Int8Linear(weight, scale, bias, rounds_inputs=rounds_inputs)
 
 
 def _sizes(layer: Any) -> tuple[int, ...]:
@@ -168,15 +170,16 @@ def _sizes(layer: Any) -> tuple[int, ...]:
 def _read_mark(folder: Path) -> Mark:
     try:
         mark = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        if mark["format"] != FORMAT:
+        if mark["format"] not in (FORMAT, FORMAT_TURNED):
             raise BadData(f"{folder / MARK} has a format that this version does not know. Update blip2.")
         shared = {str(name): str(owner) for name, owner in mark["shared"].items()}
-        if "group_size" not in mark:
-            return Mark(shared, None)
+        are_turned = mark["format"] == FORMAT_TURNED
+        if mark.get("group_size") is None:
+            return Mark(shared, None, are_turned)
         if mark["group_size"] not in GROUP_SIZES:
             told = f"has groups of {mark['group_size']!r}, which are not among {GROUP_SIZES}"
             raise BadData(f"{folder / MARK} {told}. {AGAIN}")
-        return Mark(shared, int(mark["group_size"]))
+        return Mark(shared, int(mark["group_size"]), are_turned)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadData(f"{folder / MARK} is broken ({error!r}). {AGAIN}") from None
 

@@ -41,6 +41,7 @@ class _FrozenLM(nn.Module):
         reads_prefix_apart: whether a decoder reads the visual prompt of a single row by itself the first time too, as
             it does when it knows it already. Where inputs are rounded to eight bits, how many rows are read together
             changes what is said; so a question has one answer, whether the picture is new or not.
+        attends_apart: layers that read both together to the same end (`graphs.decoders.Layers`), where there are any.
     """
 
     model: Any  # a Hugging Face model, whose methods are found at run time
@@ -61,6 +62,7 @@ class _FrozenLM(nn.Module):
         self.drafter: Drafter | None = None
         self._recorded: Recorded | None = None
         self.reads_prefix_apart = False
+        self.attends_apart: Any = None
 
     def replay_steps(self) -> bool:
         """Has each token's step, and the reading of prompts, recorded and replayed from now on (model/replay.py).
@@ -214,6 +216,12 @@ class DecoderLM(_FrozenLM):
         """
         visual = visual_prompt.to(self.model.dtype)
         reads_apart = self.reads_prefix_apart and is_roomy(make_cache(self.model.config))  # else in vain
+        if prefix is not None and not prefix.keys_and_values and self.attends_apart is not None:
+            self.attends_apart.num_apart = visual.shape[1]
+            reading, logits = self._start(visual, prompt_ids, prompt_mask, ())
+            self.attends_apart.num_apart = 0
+            _fill(prefix, reading, visual.shape[1])
+            return reading, logits
         if prefix is not None and not prefix.keys_and_values and reads_apart:
             alone, _ = self._start(visual, prompt_ids[:, :0], prompt_mask[:, :0], ())
             _fill(prefix, alone, visual.shape[1])

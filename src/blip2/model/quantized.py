@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 from blip2.errors import UserError
 from blip2.model.low_bit_products import STEP, int4_product, int8_product
+from blip2.model.rotation import block_of, turned
 
 Bits = Literal["int8", "int4"]
-GROUP_SIZE = 32  # weights that share a scale and a zero in Int4Linear; inputs that a graph rounds together
+GROUP_SIZE = 32  # weights that share a scale and a zero in Int4Linear
 GROUP_SIZES = (32, 64, 128, 256)  # that there are; larger ones are faster and lose more (docs/quantization.md)
 MIDDLE = 8  # the four bits that stand for the zero
 CLIPS = 12  # how far each group's range is narrowed in search of the least squared error
 NARROWEST = 0.7
 ARRANGED_AT_ONCE = 256  # rows of a weight, a multiple of the four-bit kernels' blocks of 16, 32 or 64
-TRIED = 256  # rows that tell whether zeros are to be whole steps
-WORTH_WHOLE = 1.25  # how much larger the squared error may be then
+TRIED = 64  # rows of each layer that tell whether weights had four bits before
+HAD_FOUR_BITS = 0.25  # of the squared error of turned weights: less tells so
 ROWS_AT_ONCE = 2048  # of a weight while it is rounded: bounds the memory that takes
 
 
@@ -37,7 +38,6 @@ class Int8Linear(nn.Module):
         bias: (N,) or None.
         rounds_inputs: whether inputs are rounded as well, each row with a scale of its own: fast where there are many
             rows. An image encoder bears it; an LLM, with few inputs far larger than the rest, loses by it.
-        group_size: inputs that share a scale where a graph rounds them (`graphs`); nothing else asks for it.
     """
 
     weight: Tensor
@@ -51,11 +51,9 @@ class Int8Linear(nn.Module):
         bias: Tensor | None,
         *,
         rounds_inputs: bool = False,
-        group_size: int = GROUP_SIZE,
     ) -> None:
         super().__init__()
         self.rounds_inputs = rounds_inputs
-        self.group_size = group_size
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
@@ -69,6 +67,10 @@ class Int8Linear(nn.Module):
         if self.bias is not None:
             y = y.add_(self.bias)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
+
+    def dequantized(self, begin: int, end: int) -> Tensor:
+        """What was rounded, some of its rows, (n, K) float32."""
+        return self.weight[begin:end] * self.scale[begin:end, None]
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
@@ -106,6 +108,8 @@ class Int4Linear(nn.Module):
             kernel's own arrangement, which depends on the processor, takes its place on first use.
         scale_and_zero: (K / G, N, 2) bfloat16; (q - 8) * scale + zero is what was rounded.
         bias: (N,) or None.
+        turned_block: how many inputs are turned together before the product (`rotation`), as the weight's columns were
+            before they were rounded; 0: none. Where they are, every zero is 0.
     """
 
     packed: Tensor
@@ -113,8 +117,9 @@ class Int4Linear(nn.Module):
     bias: Tensor | None
     weight = None  # what asks a layer for its dtype (T5) finds none
 
-    def __init__(self, packed: Tensor, scale_and_zero: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, packed: Tensor, scale_and_zero: Tensor, bias: Tensor | None, *, turned_block: int = 0) -> None:
         super().__init__()
+        self.turned_block = turned_block
         self.register_buffer("packed", packed)
         self.register_buffer("scale_and_zero", scale_and_zero)
         self.register_buffer("bias", bias)
@@ -128,10 +133,18 @@ class Int4Linear(nn.Module):
         if self._arranged is None or self._arranged.device != x.device:
             self.arrange(x.device)
         assert self._arranged is not None
-        y = int4_product(x.reshape(-1, x.shape[-1]), self._arranged, self.scale_and_zero).to(x.dtype)  # (M, N)
+        rows = turned(x.reshape(-1, x.shape[-1]), self.turned_block)
+        y = int4_product(rows, self._arranged, self.scale_and_zero).to(x.dtype)  # (M, N)
         if self.bias is not None:
             y = y + self.bias
         return y.unflatten(0, x.shape[:-1])
+
+    def dequantized(self, begin: int, end: int) -> Tensor:
+        """What was rounded, some of its rows, (n, K) float32; turned, if it was."""
+        some = self.packed[begin:end]
+        q = torch.stack([some & 15, some >> 4], dim=2).flatten(1).unflatten(1, (-1, self.group_size))
+        scale, zero = (part[:, begin:end].t().float() for part in self.scale_and_zero.unbind(dim=2))  # (n, K / G)
+        return ((q.float() - MIDDLE) * scale[..., None] + zero[..., None]).flatten(1)
 
     def arrange(self, device: torch.device) -> None:
         """Lays the weights out as the kernel of this processor reads them, and lets the stored ones go."""
@@ -179,36 +192,30 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(rounded), scale
 
 
-def to_int4(weight: Tensor, group_size: int = GROUP_SIZE) -> tuple[Tensor, Tensor]:
+def to_int4(weight: Tensor, group_size: int = GROUP_SIZE, *, turned_block: int = 0) -> tuple[Tensor, Tensor]:
     """(N, K) -> packed weights and scale_and_zero, as `Int4Linear` has them.
 
-    The range of every group is narrowed a little at a time, and the one with the least squared error is kept. Zeros are
-    whole steps, which a CPU's kernel has for nothing, where that loses little; it does not where the weights had four
-    bits before, as those of a GGUF file may have had.
+    The range of every group is narrowed a little at a time, and the one with the least squared error is kept.
     """
-    some = weight[:TRIED].float()
-    error_whole, error = (float(_rows_to_int4(some, group_size, whole=whole)[2]) for whole in (True, False))
-    whole = error_whole <= WORTH_WHOLE * error
-    parts = [_rows_to_int4(rows.float(), group_size, whole=whole) for rows in weight.split(ROWS_AT_ONCE)]
+    parts = [
+        _rows_to_int4(turned(rows.float(), turned_block), group_size, has_zeros=not turned_block)
+        for rows in weight.split(ROWS_AT_ONCE)
+    ]
     packed, scale_and_zero, _ = zip(*parts, strict=True)
     return torch.cat(packed), torch.cat(scale_and_zero, dim=1)
 
 
-def _rows_to_int4(weight: Tensor, group_size: int, *, whole: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _rows_to_int4(weight: Tensor, group_size: int, *, has_zeros: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `to_int4`, and the sum of squared errors."""
     groups = weight.unflatten(1, (-1, group_size))  # (N, K / G, G)
     low, high = groups.aminmax(dim=2)  # (N, K / G)
-    if whole:
-        low, high = low.clamp_(max=0), high.clamp_(min=0)  # 0 is one of the sixteen
     best_error = torch.full_like(low, torch.inf)
     best_scale, best_zero = torch.empty_like(low), torch.empty_like(low)
     for share in torch.linspace(1, NARROWEST, CLIPS).tolist():
         # As the kernels have them: bfloat16, and weights whole steps away from the zero, which stands for 8.
-        scale = ((high - low) * share / 15).clamp(min=1e-10).bfloat16().float()
-        zero = (low + high + scale) / 2
-        if whole:
-            zero = zero.div_(scale).round_().clamp_(MIDDLE - 15, MIDDLE).mul_(scale)
-        zero = zero.bfloat16().float()
+        span = high - low if has_zeros else 2 * torch.maximum(high, -low)
+        scale = (span * share / 15).clamp(min=1e-10).bfloat16().float()
+        zero = ((low + high + scale) / 2).bfloat16().float() if has_zeros else torch.zeros_like(low)
         error = (_fourbit(groups, scale, zero).sub_(8).mul_(scale[..., None]).add_(zero[..., None]) - groups).square_()
         error = error.sum(dim=2)
         better = error < best_error
@@ -235,7 +242,7 @@ def quantize(network: Any, bits: Bits, *, group_size: int = GROUP_SIZE, rounds_i
     Args:
         network: a Hugging Face model or tower.
         bits: of the weights.
-        group_size: weights that share a scale in int4, and inputs where a graph rounds them; 32, 64, 128 or 256.
+        group_size: weights that share a scale in int4; 32, 64, 128 or 256.
         rounds_inputs: of layers of eight bits; see `Int8Linear`.
 
     Returns:
@@ -250,16 +257,20 @@ def quantize(network: Any, bits: Bits, *, group_size: int = GROUP_SIZE, rounds_i
     words = network.get_input_embeddings() if head is not None else None
     shares = head is not None and type(words) is nn.Embedding and words.weight is head.weight
     names = [name for name, layer in network.named_modules() if name and _is_linear(layer)]
+    layers = [network.get_submodule(name) for name in names]
+    turns = bits == "int4" and not _had_four_bits([layer for layer in layers if layer is not head], group_size)
+    del layers
     for name in names:  # one by one: what is replaced frees its memory
         layer: Any = network.get_submodule(name)
-        weight = layer.weight.detach() if type(layer) is nn.Linear else layer.weight.detach().t().contiguous()
+        weight = _weight(layer)
         bias = None if layer.bias is None else layer.bias.detach().float()
         if bits == "int4" and layer is not head and _fits_int4(weight, group_size):
-            network.set_submodule(name, Int4Linear(*to_int4(weight, group_size), bias))
+            block = block_of(weight.shape[1]) if turns else 0
+            rounded, scales = to_int4(weight, group_size, turned_block=block)
+            network.set_submodule(name, Int4Linear(rounded, scales, bias, turned_block=block))
             continue
         rounded, scale = to_int8(weight)
-        layer_of_int8 = Int8Linear(rounded, scale, bias, rounds_inputs=rounds_inputs, group_size=group_size)
-        network.set_submodule(name, layer_of_int8)
+        network.set_submodule(name, Int8Linear(rounded, scale, bias, rounds_inputs=rounds_inputs))
         if layer is head and words is not None and shares:
             for place in [place for place, module in network.named_modules() if module is words]:
                 network.set_submodule(place, Int8Embedding(rounded, scale, words.weight.dtype))
@@ -279,6 +290,24 @@ def arrange(network: nn.Module, device: torch.device) -> None:
 def has_few_bits(network: nn.Module) -> bool:
     """Whether some of a network's layers are quantised."""
     return any(isinstance(layer, Int4Linear | Int8Linear) for layer in network.modules())
+
+
+def _had_four_bits(layers: list[Any], group_size: int) -> bool:
+    """Whether weights came from four bits, as those of a GGUF file may: groups find their sixteen values again, where
+    turned ones would lose them."""
+    error = torch.zeros(2)
+    for layer in layers:
+        weight = _weight(layer)[:TRIED].float()
+        if weight.shape[1] % group_size == 0:
+            block = block_of(weight.shape[1])
+            for i, some in enumerate((weight, turned(weight, block))):
+                error[i] += _rows_to_int4(some, group_size, has_zeros=i == 0)[2]
+    return bool(error[0] < HAD_FOUR_BITS * error[1])
+
+
+def _weight(layer: Any) -> Tensor:
+    """(N, K)."""
+    return layer.weight.detach() if type(layer) is nn.Linear else layer.weight.detach().t().contiguous()
 
 
 def _is_linear(layer: nn.Module) -> bool:

@@ -1,8 +1,9 @@
-"""The layers of a quantised LLM as graphs that ONNX Runtime computes on a CPU.
+"""The layers of a quantised LLM or image encoder as LiteRT computes them on a CPU.
 
-graph          a graph, step by step, and its session
-layers         what layers are made of, as steps
-feeds          masks, and keys and values with their room, as a graph is fed them
+graph          a model file, signature by signature, and the products in it
+runtime        runs it
+attention      what stands between the products, PyTorch's
 decoders, t5   OPT and Llama; T5
-taking_over    puts graphs in the place of a network's layers
+towers         image encoders
+taking_over    puts all that in the place of a network's layers
 """

@@ -1,31 +1,38 @@
-"""The layers of OPT and Llama as one graph, or a few.
+"""The layers of OPT and Llama as products of rows with attention between them.
 
-transformers' model stays around them: embeddings, masks, the last norm. In place of its layers stand `Stack`s.
+transformers' model stays around them: embeddings, masks, the last norm. In place of its layers stands one `Layers`.
 
-    states, mask, keys and values of before  ─▶  all layers  ─▶  states, keys and values of the new tokens
+    first          states ─▶ queries, keys and values of layer 0
+    layer i        what attention i gave, states ─▶ states, queries, keys and values of layer i + 1
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blip2.model.graphs.feeds import Before, added, causal, refuse, run
-from blip2.model.graphs.graph import AT_ONCE, Graph, sessions
-from blip2.model.graphs.layers import Fed, Heads, attend, layer_norm, rms_norm
+from blip2.model.graphs.attention import Heads, added, attend, causal, extended, in_heads, one_thread, refuse, rotated
+from blip2.model.graphs.graph import ModelFile, Signature
+from blip2.model.graphs.runtime import Runtime
 
 
-class Stack(nn.Module):
-    """Layers of a decoder that follow each other, in the place of one; see the module's docstring."""
+class Layers(nn.Module):
+    """All layers of a decoder, in the place of one; see the module's docstring.
 
-    def __init__(self, session: Any, heads: Heads, places: range, *, turns: bool) -> None:
+    Attributes:
+        num_apart: of a pass over one row that nothing is known of, how many tokens' attention is computed by itself, as
+            it is when they are read before the others. Products of a row do not depend on what is beside it; attention
+            sums in another order where there are more tokens.
+    """
+
+    def __init__(self, heads: Heads, num_layers: int) -> None:
         super().__init__()
-        self._session = session
+        self.runtime: Runtime  # once the file is complete
         self._heads = heads
-        self._places = places
-        self._turns = turns
+        self._num_layers = num_layers
+        self.num_apart = 0
 
     def forward(
         self,
@@ -35,7 +42,7 @@ class Stack(nn.Module):
         past_key_values: Any = None,
         **unused: Any,
     ) -> Tensor:
-        """As one of transformers' layers, but for several.
+        """As one of transformers' layers, but for all.
 
         Args:
             hidden_states: (B, T, D) of the new tokens.
@@ -48,17 +55,29 @@ class Stack(nn.Module):
         """
         refuse(hidden_states)
         num_rows, length, _ = hidden_states.shape
-        before = Before(past_key_values, self._places, num_rows, self._heads, length)
-        seen = causal(length, before.num_known) if attention_mask is None else attention_mask
-        mask = added(seen).repeat(1, 1, self._heads.num // self._heads.num_shared, 1)
-        fed = {"states": hidden_states.float()} | before.fed(mask)
-        if self._turns:
-            assert position_embeddings is not None
-            cosines, sines = (turned.float()[:, None] for turned in position_embeddings)
-            fed |= {"cosines": cosines, "sines": sines}
-        hidden, *new = run(self._session, ["hidden", *before.new_names], fed)
-        before.take_in(new)
-        return hidden.to(hidden_states.dtype)
+        states, heads, mask = hidden_states.float().flatten(0, 1), self._heads, attention_mask
+        if mask is None and length > 1:
+            mask = causal(length, 0 if past_key_values is None else past_key_values.get_seq_length())
+        mask = None if mask is None else added(mask)
+        with one_thread():
+            (projected,) = self.runtime.run_rows("first", states=states)
+            for i in range(self._num_layers):
+                split = projected.split(heads.widths, dim=1)
+                query, keys, values = (in_heads(part, num_rows, heads.width) for part in split)
+                query, keys = (rotated(part, position_embeddings) for part in (query, keys))
+                keys, values = extended(past_key_values, keys, values, i)
+                attended = self._attend(query, keys, values, mask)
+                states, *more = self.runtime.run_rows(f"layer {i}", attended=attended, states=states)
+                projected = more[0] if more else projected
+        return states.view(num_rows, length, -1).to(hidden_states.dtype)
+
+    def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """As `attend`, the first tokens apart."""
+        end, length = self.num_apart, query.shape[2]
+        if mask is None or not 0 < end < length:
+            return attend(query, keys, values, mask, self._heads)
+        first = attend(query[:, :, :end], keys[:, :, :end], values[:, :, :end], mask[..., :end, :end], self._heads)
+        return torch.cat([first, attend(query[:, :, end:], keys, values, mask[..., end:, :], self._heads)])
 
 
 @dataclass(frozen=True)
@@ -66,75 +85,74 @@ class DecoderOnly:
     """How one kind of LLM is written down.
 
     Attributes:
-        activation: the setting of the MLP's activation, and the one that `layer` writes down.
+        activation: the setting of the MLP's activation, and the one that `rest` writes down.
         heads: of a configuration.
-        layer: (graph, layer, x, fed, heads, place) -> x.
-        turns: positions by turning queries and keys.
+        projected: (signature, layer, x) -> queries, keys and values side by side.
+        rest: (signature, layer, attended, x) -> x; what follows attention.
     """
 
     activation: tuple[str, str]
     heads: Callable[[Any], Heads]
-    layer: Callable[..., str]
-    turns: bool
+    projected: Callable[[Signature, Any, int], int]
+    rest: Callable[[Signature, Any, int, int], int]
 
     def fits(self, config: Any) -> bool:
-        """Whether a configuration is one that `layer` can write down."""
+        """Whether a configuration is one that `rest` can write down."""
         setting, wanted = self.activation
         return getattr(config, setting) == wanted
 
-    def replace(self, network: Any) -> None:
-        """Puts graphs in the place of the layers: several, so that not all weights are held twice while they are laid
-        out. The layers are used up one by one, which frees what they held."""
-        decoder, heads = network.get_decoder(), self.heads(network.config)
-        places: list[range] = []
-        made = sessions(self._graphs(network.config, heads, decoder.layers, places))
-        stacks = [Stack(one, heads, some, turns=self.turns) for one, some in zip(made, places, strict=True)]
-        decoder.layers = nn.ModuleList(stacks)
+    def write(self, network: Any, file: ModelFile) -> list[Any]:
+        """Uses the layers up one by one, which frees what they held.
 
-    def _graphs(self, config: Any, heads: Heads, layers: nn.ModuleList, places: list[range]) -> Iterator[Graph]:
-        """Of as many layers as are laid out at once; which these are is appended to `places`."""
-        end = 0
-        while end < len(layers):
-            begin, graph = end, Graph()
-            x = graph.input("states", "B", "T", config.hidden_size)
-            fed = Fed(graph.input("mask", "B1", 1, "RT", "CT"), graph.input("sizes", 2, dtype=torch.int64))
-            if self.turns:
-                names = [graph.input(name, "B2", 1, "T", heads.width) for name in ("cosines", "sines")]
-                fed = Fed(fed.mask, fed.sizes, (names[0], names[1]))
-            while end < len(layers) and graph.num_bytes < AT_ONCE:
-                x = self.layer(graph, layers[end], x, fed, heads, end)
-                layers[end] = nn.Identity()
-                end += 1
-            graph.output("hidden", x)
-            places.append(range(begin, end))
-            yield graph
+        Returns:
+            What needs the runtime that the file makes.
+        """
+        decoder, heads, width = network.get_decoder(), self.heads(network.config), network.config.hidden_size
+        layers: Any = decoder.layers
+        first = file.signature("first")
+        first.output("projected", self.projected(first, layers[0], first.input("states", width)))
+        for i, layer in enumerate(layers):
+            signature = file.signature(f"layer {i}")
+            attended, x = signature.input("attended", heads.num * heads.width), signature.input("states", width)
+            x = self.rest(signature, layer, attended, x)
+            signature.output("states", x)
+            if i + 1 < len(layers):
+                signature.output("projected", self.projected(signature, layers[i + 1], x))
+            layers[i] = nn.Identity()
+        together = Layers(heads, len(layers))
+        decoder.layers = nn.ModuleList([together])
+        return [together]
 
 
 # Families
 
 
-def _opt_layer(graph: Graph, layer: Any, x: str, fed: Fed, heads: Heads, place: int) -> str:
-    attention, first = layer.self_attn, layer.do_layer_norm_before
-    normed = layer_norm(graph, layer.self_attn_layer_norm, x) if first else x
-    states = graph.product(normed, attention.q_proj, attention.k_proj, attention.v_proj)
-    attended = attend(graph, states, fed, heads, place)
-    x = graph.node("Add", x, *graph.product(attended, attention.out_proj))
-    x = x if first else layer_norm(graph, layer.self_attn_layer_norm, x)
-    normed = layer_norm(graph, layer.final_layer_norm, x) if first else x
-    wide = graph.node("Relu", *graph.product(normed, layer.fc1))
-    x = graph.node("Add", x, *graph.product(wide, layer.fc2))
-    return x if first else layer_norm(graph, layer.final_layer_norm, x)
+def _opt_projected(signature: Signature, layer: Any, x: int) -> int:
+    own = layer.self_attn
+    normed = signature.layer_norm(x, layer.self_attn_layer_norm) if layer.do_layer_norm_before else x
+    return signature.product(normed, own.q_proj, own.k_proj, own.v_proj)
 
 
-def _llama_layer(graph: Graph, layer: Any, x: str, fed: Fed, heads: Heads, place: int) -> str:
-    attention, mlp = layer.self_attn, layer.mlp
-    normed = rms_norm(graph, layer.input_layernorm, x)
-    states = graph.product(normed, attention.q_proj, attention.k_proj, attention.v_proj)
-    attended = attend(graph, states, fed, heads, place)
-    x = graph.node("Add", x, *graph.product(attended, attention.o_proj))
-    gate, up = graph.product(rms_norm(graph, layer.post_attention_layernorm, x), mlp.gate_proj, mlp.up_proj)
-    opened = graph.node("Mul", graph.node("Mul", gate, graph.node("Sigmoid", gate)), up)
-    return graph.node("Add", x, *graph.product(opened, mlp.down_proj))
+def _opt_rest(signature: Signature, layer: Any, attended: int, x: int) -> int:
+    first, norm = layer.do_layer_norm_before, layer.final_layer_norm
+    x = signature.add(x, signature.product(attended, layer.self_attn.out_proj))
+    x = x if first else signature.layer_norm(x, layer.self_attn_layer_norm)
+    wide = signature.product(signature.layer_norm(x, norm) if first else x, layer.fc1, relu=True)
+    x = signature.add(x, signature.product(wide, layer.fc2))
+    return x if first else signature.layer_norm(x, norm)
+
+
+def _llama_projected(signature: Signature, layer: Any, x: int) -> int:
+    own = layer.self_attn
+    return signature.product(signature.rms_norm(x, layer.input_layernorm), own.q_proj, own.k_proj, own.v_proj)
+
+
+def _llama_rest(signature: Signature, layer: Any, attended: int, x: int) -> int:
+    x = signature.add(x, signature.product(attended, layer.self_attn.o_proj))
+    normed = signature.rms_norm(x, layer.post_attention_layernorm)
+    gate = signature.silu(signature.product(normed, layer.mlp.gate_proj))
+    opened = signature.multiply(gate, signature.product(normed, layer.mlp.up_proj))
+    return signature.add(x, signature.product(opened, layer.mlp.down_proj))
 
 
 def _opt_heads(config: Any) -> Heads:
@@ -146,5 +164,5 @@ def _llama_heads(config: Any) -> Heads:
     return Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.head_dim**-0.5)
 
 
-OPT = DecoderOnly(("activation_function", "relu"), _opt_heads, _opt_layer, False)
-LLAMA = DecoderOnly(("hidden_act", "silu"), _llama_heads, _llama_layer, True)
+OPT = DecoderOnly(("activation_function", "relu"), _opt_heads, _opt_projected, _opt_rest)
+LLAMA = DecoderOnly(("hidden_act", "silu"), _llama_heads, _llama_projected, _llama_rest)

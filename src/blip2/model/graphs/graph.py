@@ -1,249 +1,373 @@
-"""A graph for ONNX Runtime, whose products have weights of four or eight bits.
+"""A model for LiteRT, written down step by step: what an LLM's linear layers do to rows of numbers.
 
-PyTorch's own kernel for four bits on CPUs multiplies floats. `MatMulNBits` rounds a row's inputs to eight bits too,
-in the groups in which the weights have their scales, and adds integers up: what stands out makes its own group coarse.
+PyTorch has no kernel for CPUs that multiplies int8 by int4 or, for few rows, int8 by int8. LiteRT's (XNNPACK) round
+each row to eight bits with one scale and add integers up. So that one scale will do, rows are turned first
+(`rotation`).
 
-Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
+    ModelFile            a file of several signatures, each with the weights that it needs
+    Signature            rows (R, width) in, rows out; how many rows there are is told at each call
+
+Source: https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs
 """
 
-import ctypes
-import mmap
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import onnxruntime
+import flatbuffers
+import numpy as np
 import torch
-from onnx import TensorProto, helper
-from torch import Tensor
-from torch.nn import functional as F
+from ai_edge_litert import schema_py_generated
+from torch import Tensor, nn
 
 from blip2.errors import UserError
-from blip2.model.quantized import MIDDLE, Int4Linear, Int8Linear
+from blip2.model.graphs.runtime import Runtime
+from blip2.model.quantized import Int4Linear, Int8Linear, to_int8
+from blip2.model.rotation import block_of, hadamard, turned
 
-MICROSOFT = "com.microsoft"
-VERSIONS = {"": 21, MICROSOFT: 1}
-SMALLEST_GROUP = 16  # of inputs that the kernel rounds together
-AT_ONCE = 300 << 20  # bytes of weights that one graph holds, about
-INT8_INPUTS = 4  # the kernel's `accuracy_level` that rounds inputs to eight bits
-INT8_ZERO = 128  # what stands for 0 among eight bits without a sign
-WHOLE = 0.05  # how far from a whole number of steps a zero may be that is one, but for bfloat16
-WEIGHTS, CONSTANTS = "weights", "constants"  # files
-ALIGNED = 64  # bytes that a constant begins at a multiple of
-KINDS = {torch.float32: TensorProto.FLOAT, torch.uint8: TensorProto.UINT8, torch.int64: TensorProto.INT64}
+schema: Any = schema_py_generated  # made by a program, with types that its own functions do not keep to
+ALIGNED = 64  # bytes that a weight begins at a multiple of
+RESERVED = 256 << 20  # bytes before the first weight, for the description: a hole in the file
+LARGEST_WEIGHT = 32 << 20  # bytes; LiteRT keeps as much memory as the largest takes
+SMALL = 1024  # bytes up to which a constant stands in the description itself
+FULLY_CONNECTED_VERSION = 13  # of the operation, with weights of four bits in groups
+SIGN = 0x88  # turns two numbers of 0..15 around 8 into signed ones of four bits
+LEAST_SCALE = 2.0**-14  # that float16 holds without loss
+ROWS_AT_ONCE = 2048  # of a weight while it is turned: bounds the memory that takes
+
+KINDS = {
+    np.dtype("float32"): schema.TensorType.FLOAT32,
+    np.dtype("float16"): schema.TensorType.FLOAT16,
+    np.dtype("int32"): schema.TensorType.INT32,
+}
+OPTIONS = {  # what an operation is told, by the name of what it is told in
+    "ADD": "AddOptions",
+    "SUB": "SubOptions",
+    "MUL": "MulOptions",
+    "BATCH_MATMUL": "BatchMatMulOptions",
+    "CONCATENATION": "ConcatenationOptions",
+    "FULLY_CONNECTED": "FullyConnectedOptions",
+    "GELU": "GeluOptions",
+    "MEAN": "ReducerOptions",
+    "RESHAPE": "ReshapeOptions",
+    "SOFTMAX": "SoftmaxOptions",
+    "TRANSPOSE": "TransposeOptions",
+}
 
 QuantizedLinear = Int4Linear | Int8Linear
+Shape = tuple[int, ...]
 
 
-class Graph:
-    """What is computed, written down step by step; names of results are given back. `session` ends it.
+class ModelFile:
+    """A file of signatures; `runtime` ends it. Weights go to the file as they come, so that none is held twice.
 
-    What does not change goes through files: of a weight there the runtime keeps what it lays out for the processor
-    alone, of one in memory a copy as well. It keeps a file open of which it reads anything later, hence two.
+    Attributes:
+        num_bytes: of weights so far.
 
     Raises:
         UserError: no room where temporary files go.
     """
 
     def __init__(self) -> None:
-        self._nodes: list[Any] = []
-        self._inputs: list[Any] = []
-        self._outputs: list[Any] = []
-        self._fetched: dict[str, str] = {}  # results and the names they are fetched by
-        self._kept: list[Any] = []  # constants, most of them a mark of where they are
-        self._count = 0
-        self.num_bytes = 0  # of weights so far
+        self.num_bytes = 0
+        self._buffers: list[Any] = [schema.BufferT()]
+        self._codes: dict[str, int] = {}
+        self._versions: list[Any] = []
+        self._signatures: list[Signature] = []
         try:
             self._folder = tempfile.TemporaryDirectory(prefix="blip2-", ignore_cleanup_errors=True)
-            self._files = {name: (Path(self._folder.name) / name).open("wb") for name in (WEIGHTS, CONSTANTS)}
+            self._file = (Path(self._folder.name) / "model.tflite").open("wb")
+            self._file.seek(RESERVED)
         except OSError as error:
             raise _no_room(error) from None
 
-    def input(self, name: str, *shape: int | str, dtype: torch.dtype = torch.float32) -> str:
-        """What is fed; a size with a name may differ from call to call."""
-        self._inputs.append(helper.make_tensor_value_info(name, KINDS[dtype], shape))
-        return name
+    def signature(self, name: str) -> "Signature":
+        """A new one."""
+        self._signatures.append(Signature(self, name))
+        return self._signatures[-1]
 
-    def output(self, name: str, result: str) -> None:
+    def buffer(self, array: np.ndarray) -> int:
+        """The place among the buffers of numbers that do not change."""
+        buffer = schema.BufferT()
+        self._buffers.append(buffer)
+        if array.nbytes <= SMALL:
+            buffer.data = np.frombuffer(array.tobytes(), np.uint8)
+            return len(self._buffers) - 1
+        try:
+            self._file.write(bytes(-self._file.tell() % ALIGNED))
+            buffer.offset, buffer.size = self._file.tell(), array.nbytes
+            self.num_bytes += array.nbytes
+            self._file.write(np.ascontiguousarray(array).data)
+        except OSError as error:
+            raise _no_room(error) from None
+        return len(self._buffers) - 1
+
+    def code(self, kind: str) -> int:
+        """The place among the operations that the file uses."""
+        if kind not in self._codes:
+            code = schema.OperatorCodeT()
+            code.builtinCode = getattr(schema.BuiltinOperator, kind)
+            code.deprecatedBuiltinCode = min(code.builtinCode, 127)
+            code.version = FULLY_CONNECTED_VERSION if kind == "FULLY_CONNECTED" else 1
+            self._codes[kind] = len(self._versions)
+            self._versions.append(code)
+        return self._codes[kind]
+
+    def runtime(self) -> Runtime:
+        """What runs it, with as many threads as PyTorch has now."""
+        shapes = {signature.name: signature.shapes() for signature in self._signatures}
+        model = schema.ModelT()
+        model.version, model.description = 3, "blip2"
+        model.subgraphs = [signature.subgraph() for signature in self._signatures]
+        model.signatureDefs = [signature.definition(i) for i, signature in enumerate(self._signatures)]
+        model.buffers, model.operatorCodes = self._buffers, self._versions
+        builder = flatbuffers.Builder(SMALL)
+        builder.Finish(model.Pack(builder), b"TFL3")
+        description = builder.Output()
+        if len(description) > RESERVED:
+            raise UserError("This model has too many layers to be quantised on a CPU. Load it unquantised.")
+        try:
+            self._file.seek(0)
+            self._file.write(description)
+            self._file.close()
+            with self._folder:
+                return Runtime(Path(self._file.name), shapes)
+        except OSError as error:
+            raise _no_room(error) from None
+
+
+class Signature:
+    """Steps from rows to rows; a result is named by a number. All are (R, their width), unless it says otherwise."""
+
+    def __init__(self, file: ModelFile, name: str) -> None:
+        self.name = name
+        self._file = file
+        self._tensors: list[Any] = []
+        self._shapes: list[Shape] = []
+        self._operators: list[Any] = []
+        self._inputs: dict[str, int] = {}
+        self._outputs: dict[str, int] = {}
+        self._widths: dict[str, int] = {}
+        self._turned: dict[tuple[int, int, float], int] = {}
+
+    def input(self, name: str, width: int) -> int:
+        """Rows that are given."""
+        self._inputs[name], self._widths[name] = self._tensor((-1,)), width  # memory of the caller's has one dimension
+        return self.reshape(self._inputs[name], (-1, width))
+
+    def output(self, name: str, x: int) -> None:
         """Gives a result a name to be fetched by."""
-        self._fetched[result] = name
-        self._outputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+        self._outputs[name], self._widths[name] = self.reshape(x, (-1,)), self._shapes[x][-1]
 
-    def node(self, kind: str, *inputs: str, domain: str = "", **attributes: Any) -> str:
-        """The only result of one operation."""
-        return self.nodes(kind, 1, *inputs, domain=domain, **attributes)[0]
+    def shapes(self) -> tuple[dict[str, int], dict[str, int]]:
+        """The widths of inputs and outputs, by name."""
+        given, taken = ({name: self._widths[name] for name in of} for of in (self._inputs, self._outputs))
+        return given, taken
 
-    def nodes(self, kind: str, count: int, *inputs: str, domain: str = "", **attributes: Any) -> list[str]:
-        """The results of one operation."""
-        results = [self._name() for _ in range(count)]
-        self._nodes.append(helper.make_node(kind, inputs, results, domain=domain, **attributes))
-        return results
+    # Steps
 
-    def constant(self, tensor: Tensor) -> str:
-        """A small tensor that does not change."""
-        return self._write(CONSTANTS, tensor)
+    def product(self, x: int, *layers: QuantizedLinear, relu: bool = False) -> int:
+        """Through linear layers, whose results stand side by side."""
+        kinds = [_kind(layer) for layer in layers]
+        if len(set(kinds)) > 1:
+            return self._side_by_side([self.product(x, layer, relu=relu) for layer in layers])
+        bits, block = kinds[0]
+        stored = [_int4(layer) if isinstance(layer, Int4Linear) and bits == 4 else _int8(layer) for layer in layers]
+        weight, scale = (torch.cat([one[i] for one in stored]) for i in range(2))
+        power = 1.0
+        if bits == 4:
+            power = float(2.0 ** -torch.frexp(scale.max()).exponent)
+            scale = (scale * power).clamp(min=LEAST_SCALE).half()
+        bias = None
+        if any(layer.bias is not None for layer in layers):
+            biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.float() for layer in layers]
+            bias = torch.cat(biases)
+        x = self._turn(x, block, power)
+        at_once = max(1, LARGEST_WEIGHT * len(weight) // weight.nbytes)
+        parts = []
+        for begin in range(0, len(weight), at_once):
+            some = slice(begin, begin + at_once)
+            bias_at = -1 if bias is None else self.constant(bias[some])
+            weight_at = self._weight(weight[some], scale[some], bits)
+            parts.append(self._fully_connected(x, weight_at, len(weight[some]), bias_at, relu=relu))
+        return parts[0] if len(parts) == 1 else self._side_by_side(parts)
 
-    def shape(self, *sizes: int) -> str:
-        """What `Reshape` and `split` are given: for the one, 0 where a size stays."""
-        name = self._name()
-        self._kept.append(helper.make_tensor(name, TensorProto.INT64, [len(sizes)], sizes))
-        return name
+    def add(self, x: int, y: int) -> int:
+        """The sum."""
+        return self.step("ADD", [x, y], self._shapes[x])
 
-    def product(self, x: str, *layers: QuantizedLinear) -> list[str]:
-        """(B, T, K) through linear layers: (B, T, N) for each. Those of one kind are one product."""
-        group_size, length = input_groups(layers[0]), layers[0].in_features
-        if len({(type(layer), input_groups(layer)) for layer in layers}) > 1:
-            return [result for layer in layers for result in self.product(x, layer)]
-        parts = [_stored(layer) for layer in layers]
-        weight, scale, zero, added = (torch.cat([part[i] for part in parts]) for i in range(4))
-        self.num_bytes += weight.nbytes
-        biases = [layer.bias for layer in layers]
-        bias = ""
-        if any(one is not None for one in biases):
-            sizes = [layer.out_features for layer in layers]
-            both = zip(biases, sizes, strict=True)
-            bias = self.constant(torch.cat([torch.zeros(size) if one is None else one.float() for one, size in both]))
-        y = self.node(
-            "MatMulNBits",
-            *(x, self._write(WEIGHTS, weight), self.constant(scale), self.constant(zero), "", bias),
-            domain=MICROSOFT,
-            N=len(weight),
-            K=length,
-            bits=4 if isinstance(layers[0], Int4Linear) else 8,
-            block_size=group_size,
-            accuracy_level=INT8_INPUTS,
-        )
-        if bool(added.any()):  # to each weight of a group: so its sum of inputs, times that
-            groups = self.node("Reshape", x, self.shape(0, 0, length // group_size, group_size))
-            sums = self.node("ReduceSum", groups, self.shape(3), keepdims=0)  # (B, T, K / G)
-            y = self.node("Add", y, self.node("MatMul", sums, self.constant(added.t())))
-        if len(layers) == 1:
-            return [y]
-        return self.split(y, self.shape(*(layer.out_features for layer in layers)), len(layers))
+    def multiply(self, x: int, y: int) -> int:
+        """Number by number."""
+        return self.step("MUL", [x, y], self._shapes[x])
 
-    def split(self, x: str, sizes: str, count: int) -> list[str]:
-        """Parts of the last dimension."""
-        return self.nodes("Split", count, x, sizes, axis=-1)
+    def silu(self, x: int) -> int:
+        """x times its logistic function."""
+        return self.multiply(x, self.logistic(x))
 
-    def session(self) -> Any:
-        """The graph, ready to be run; as many threads as PyTorch has now, at rest between two runs."""
-        try:
-            for file in self._files.values():
-                file.close()
-        except OSError as error:
-            raise _no_room(error) from None
-        for node in self._nodes:
-            for names in (node.input, node.output):
-                names[:] = [self._fetched.get(name, name) for name in names]
-        graph = helper.make_graph(self._nodes, "layers", self._inputs, self._outputs, self._kept)
-        versions = [helper.make_opsetid(domain, version) for domain, version in VERSIONS.items()]
-        model = helper.make_model(graph, opset_imports=versions, ir_version=10)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # else it warns of GPUs that it does not find
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        options.enable_cpu_mem_arena = False  # it keeps what the longest prompt took
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", self._folder.name)
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        let_go_of_pages(Path(self._folder.name) / CONSTANTS)
-        self._folder.cleanup()
-        return session
+    def logistic(self, x: int, factor: float = 1.0) -> int:
+        """The logistic function of x times a factor."""
+        x = x if factor == 1 else self.multiply(x, self.constant(torch.tensor([factor])))
+        return self.step("LOGISTIC", [x], self._shapes[x])
 
-    def _write(self, place: str, tensor: Tensor) -> str:
-        name, file = self._name(), self._files[place]
-        mark = TensorProto(name=name, data_type=KINDS[tensor.dtype], dims=tensor.shape)
-        mark.data_location = TensorProto.EXTERNAL
-        told = {"location": place, "offset": str(file.tell()), "length": str(tensor.nbytes)}
-        for key, value in told.items():
-            mark.external_data.add(key=key, value=value)
-        self._kept.append(mark)
-        try:
-            file.write(tensor.detach().contiguous().numpy().data)
-            file.write(bytes(-tensor.nbytes % ALIGNED))
-        except OSError as error:
-            raise _no_room(error) from None
-        return name
+    def gelu(self, x: int, *, by_tanh: bool = False) -> int:
+        """GELU, or its approximation by tanh."""
+        return self.step("GELU", [x], self._shapes[x], approximate=by_tanh)
 
-    def _name(self) -> str:
-        self._count += 1
-        return f"t{self._count}"
+    def layer_norm(self, x: int, norm: nn.LayerNorm) -> int:
+        """Normed over the width."""
+        centred = self.step("SUB", [x, self._mean(x)], self._shapes[x])
+        result = self._scaled(centred, norm.eps, norm.weight)
+        return result if norm.bias is None else self.add(result, self.constant(norm.bias.float()))
+
+    def rms_norm(self, x: int, norm: Any) -> int:
+        """Divided by its root mean square, as Llama and T5 do it."""
+        return self._scaled(x, norm.variance_epsilon, norm.weight)
+
+    def constant(self, tensor: Tensor) -> int:
+        """Numbers that do not change."""
+        array = tensor.detach().contiguous().numpy()
+        return self._tensor(array.shape, KINDS[array.dtype], self._file.buffer(array))
+
+    def reshape(self, x: int, shape: Shape) -> int:
+        """The same numbers; one size may be -1."""
+        sizes = np.array(shape, np.int32)
+        return self.step("RESHAPE", [x, self.constant(torch.from_numpy(sizes))], shape, newShape=sizes)
+
+    def transpose(self, x: int, order: Shape, shape: Shape) -> int:
+        """Dimensions in another order."""
+        return self.step("TRANSPOSE", [x, self.constant(torch.tensor(order, dtype=torch.int32))], shape)
+
+    def step(self, kind: str, inputs: list[int], shape: Shape, **told: Any) -> int:
+        """The result of any operation; -1 in its shape is what depends on how many rows there are."""
+        operator, result = schema.OperatorT(), self._tensor(shape)
+        operator.opcodeIndex = self._file.code(kind)
+        operator.inputs, operator.outputs = np.array(inputs, np.int32), np.array([result], np.int32)
+        if kind in OPTIONS:
+            operator.builtinOptionsType = getattr(schema.BuiltinOptions, OPTIONS[kind])
+            operator.builtinOptions = getattr(schema, OPTIONS[kind] + "T")()
+            for name, value in told.items():
+                setattr(operator.builtinOptions, name, value)
+        self._operators.append(operator)
+        return result
+
+    # How it is stored
+
+    def subgraph(self) -> Any:
+        """As the schema has it."""
+        graph = schema.SubGraphT()
+        graph.name, graph.tensors, graph.operators = self.name, self._tensors, self._operators
+        graph.inputs = np.array(list(self._inputs.values()), np.int32)
+        graph.outputs = np.array(list(self._outputs.values()), np.int32)
+        return graph
+
+    def definition(self, place: int) -> Any:
+        """Names of inputs and outputs, as the schema has them."""
+        definition = schema.SignatureDefT()
+        definition.signatureKey, definition.subgraphIndex = self.name, place
+        definition.inputs, definition.outputs = _named(self._inputs), _named(self._outputs)
+        return definition
+
+    def _side_by_side(self, parts: list[int]) -> int:
+        return self.step("CONCATENATION", parts, (-1, sum(self._shapes[part][-1] for part in parts)), axis=1)
+
+    def _turn(self, x: int, block: int, power: float) -> int:
+        """x turned in blocks and divided by `power`, once for all that ask for it."""
+        if block < 2:
+            return x
+        key = x, block, power
+        if key not in self._turned:
+            width = self._shapes[x][-1]
+            matrix = self.constant(hadamard(block) / power)
+            rows = self._fully_connected(self.reshape(x, (-1, block)), matrix, block)
+            self._turned[key] = self.reshape(rows, (-1, width))
+        return self._turned[key]
+
+    def _fully_connected(self, x: int, weight: int, width: int, bias: int = -1, *, relu: bool = False) -> int:
+        kinds = schema.ActivationFunctionType
+        told = {"asymmetricQuantizeInputs": True, "keepNumDims": True}
+        activation = kinds.RELU if relu else kinds.NONE
+        return self.step("FULLY_CONNECTED", [x, weight, bias], (-1, width), fusedActivationFunction=activation, **told)
+
+    def _weight(self, weight: Tensor, scale: Tensor, bits: int) -> int:
+        told = schema.QuantizationParametersT()
+        if bits == 8:
+            told.scale, told.zeroPoint = scale.numpy(), np.zeros(len(scale), np.int64)
+            told.quantizedDimension = 0
+            return self._tensor(tuple(weight.shape), schema.TensorType.INT8, self._file.buffer(weight.numpy()), told)
+        groups, width = schema.BlockwiseQuantizationT(), 2 * weight.shape[1]
+        groups.scales, groups.zeroPoints, groups.blockSize = self.constant(scale), -1, width // scale.shape[1]
+        told.detailsType, told.details = schema.QuantizationDetails.BlockwiseQuantization, groups
+        shape = len(weight), width
+        return self._tensor(shape, schema.TensorType.INT4, self._file.buffer(weight.numpy()), told)
+
+    def _scaled(self, x: int, epsilon: float, weight: Tensor | None) -> int:
+        """Divided by the root of the mean square, and times a weight."""
+        shape = self._shapes[x]
+        square = self._mean(self.step("SQUARE", [x], shape))
+        one = self._shapes[square]
+        root = self.step("RSQRT", [self.step("ADD", [square, self.constant(torch.tensor([epsilon]))], one)], one)
+        result = self.step("MUL", [x, root], shape)
+        return result if weight is None else self.multiply(result, self.constant(weight.float()))
+
+    def _mean(self, x: int) -> int:
+        axis = self.constant(torch.tensor([len(self._shapes[x]) - 1], dtype=torch.int32))
+        return self.step("MEAN", [x, axis], (*self._shapes[x][:-1], 1), keepDims=True)
+
+    def _tensor(self, shape: Shape, kind: int = schema.TensorType.FLOAT32, buffer: int = 0, told: Any = None) -> int:
+        tensor = schema.TensorT()
+        tensor.name, tensor.type, tensor.buffer, tensor.quantization = f"t{len(self._tensors)}", kind, buffer, told
+        tensor.hasRank, tensor.shape = True, np.array([max(size, 1) for size in shape], np.int32)
+        if -1 in shape:
+            tensor.shapeSignature = np.array(shape, np.int32)
+        self._tensors.append(tensor)
+        self._shapes.append(shape)
+        return len(self._tensors) - 1
 
 
-def sessions(graphs: Iterable[Graph]) -> list[Any]:
-    """Of graphs that are written down one after the other: while one is written, the one before is made ready."""
-    with ThreadPoolExecutor(1) as pool:
-        made: list[Future[Any]] = []
-        for graph in graphs:
-            if made:
-                made[-1].result()  # two at most are there at once
-            made.append(pool.submit(graph.session))
-        return [future.result() for future in made]
+def _named(tensors: dict[str, int]) -> list[Any]:
+    found = []
+    for name, place in tensors.items():
+        one = schema.TensorMapT()
+        one.name, one.tensorIndex = name, place
+        found.append(one)
+    return found
 
 
 def _no_room(error: OSError) -> UserError:
     return UserError(
-        f"Weights could not be laid out in a temporary file ({error.strerror}). Up to a gigabyte is needed, and a "
-        "fifth of what the language model has on disk; the environment variable TMPDIR names another folder."
+        f"Weights could not be laid out in a temporary file ({error.strerror}). Up to three times what the quantised "
+        "part has on disk is needed; the environment variable TMPDIR names another folder."
     )
 
 
-def let_go_of_pages(path: Path) -> None:
-    """Takes a file's pages out of this process's memory, where the system can: they are read again when they are used.
-    Of the constants most are scales, which the kernel has copied."""
-    maps = Path("/proc/self/maps")
-    if not (hasattr(mmap, "MADV_DONTNEED") and maps.exists()):
-        return
-    system = ctypes.CDLL(None)
-    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
-        if line.endswith(f" {path.resolve()}"):
-            begin, end = (int(number, 16) for number in line.partition(" ")[0].split("-"))
-            system.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+# Weights
 
 
 def can_take(layer: Any) -> bool:
-    """Whether a layer is one that `Graph.product` takes."""
-    return isinstance(layer, Int4Linear) or (isinstance(layer, Int8Linear) and not layer.rounds_inputs)
+    """Whether a layer is one that `Signature.product` takes."""
+    return isinstance(layer, Int4Linear | Int8Linear)
 
 
-def input_groups(layer: QuantizedLinear) -> int:
-    """How many inputs of a row the kernel rounds together: the layer's group, halved until a row has whole ones."""
-    if isinstance(layer, Int4Linear):
-        return layer.group_size
-    size = layer.group_size
-    while layer.in_features % size and size > SMALLEST_GROUP:
-        size //= 2
-    return size
+def _kind(layer: QuantizedLinear) -> tuple[int, int]:
+    """Bits of a weight and inputs that are turned together, as the kernel has them."""
+    if isinstance(layer, Int4Linear) and layer.turned_block:
+        return 4, layer.turned_block
+    return 8, 0 if isinstance(layer, Int8Linear) and layer.rounds_inputs else block_of(layer.in_features)
 
 
-def _stored(layer: QuantizedLinear) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The weight (N, K / G, bytes of a group); scales (N, K / G) float32; what stands for 0, as many bits each; and
-    what is added to all weights of a group, (N, K / G) float32."""
-    if isinstance(layer, Int4Linear):
-        scale, offset = layer.scale_and_zero.float().transpose(0, 1).unbind(dim=2)  # (N, K / G) each
-        zero = whole_zeros(scale, offset)
-        offset = offset if zero is None else torch.zeros_like(offset)
-        zero = torch.full(scale.shape, MIDDLE, dtype=torch.uint8) if zero is None else zero
-        zero = F.pad(zero, (0, zero.shape[1] % 2))
-        zero = zero[:, ::2] | (zero[:, 1::2] << 4)
-        return layer.packed.unflatten(1, (-1, layer.group_size // 2)), scale, zero, offset
-    group_size = input_groups(layer)
-    weight = layer.weight.view(torch.uint8) ^ INT8_ZERO
-    if padding := -layer.in_features % group_size:
-        weight = F.pad(weight, (0, padding), value=INT8_ZERO)
-    weight = weight.unflatten(1, (-1, group_size))
-    scale = layer.scale[:, None].float().expand(-1, weight.shape[1])
-    return weight, scale, torch.full(scale.shape, INT8_ZERO, dtype=torch.uint8), torch.zeros(scale.shape)
+def _int4(layer: Int4Linear) -> tuple[Tensor, Tensor]:
+    """(N, K / 2) bytes of two signed weights, and scales (N, K / G) float32; the layer's zeros are 0."""
+    return layer.packed ^ SIGN, layer.scale_and_zero[..., 0].float().t().contiguous()
 
 
-def whole_zeros(scale: Tensor, zero: Tensor) -> Tensor | None:
-    """The number of 0..15 that stands for 0 in each group, uint8; None where there is none in some.
-
-    Args:
-        scale, zero: as `Int4Linear` has them, of any one shape.
-    """
-    points = MIDDLE - zero / scale
-    whole = points.round()
-    is_one = ((points - whole).abs() <= WHOLE) & (whole >= 0) & (whole <= 15)
-    return whole.to(torch.uint8) if bool(is_one.all()) else None
+def _int8(layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
+    """(N, K) int8, turned, and scales (N,) float32. Four-bit weights that were not turned have eight here: they came
+    from sixteen values a group, and would lose them."""
+    if isinstance(layer, Int8Linear) and layer.rounds_inputs:
+        return layer.weight, layer.scale
+    parts = []
+    for begin in range(0, layer.out_features, ROWS_AT_ONCE):
+        rows = layer.dequantized(begin, begin + ROWS_AT_ONCE)
+        parts.append(to_int8(turned(rows, block_of(layer.in_features))))
+    weight, scale = zip(*parts, strict=True)
+    return torch.cat(weight), torch.cat(scale)

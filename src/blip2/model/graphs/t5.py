@@ -1,19 +1,21 @@
-"""The layers of a quantised T5 as graphs: those of the encoder, and those of the decoder.
+"""The layers of a quantised T5 as products of rows with attention between them.
 
-encoder    states, mask with position bias  ─▶  all layers  ─▶  states
-once       what the encoder gave            ─▶  keys and values of every decoder layer
-decoder    states, masks, both kinds of keys and values  ─▶  all layers  ─▶  states, keys and values of the new tokens
+encoder first      states ─▶ queries, keys and values of layer 0
+encoder i          what attention i gave, states ─▶ states, queries, keys and values of layer i + 1
+encoded i          what the encoder gave ─▶ keys and values of decoder layer i, once a text
+decoder first      as of the encoder
+crossing i         what attention i to itself gave, states ─▶ states, queries to what the encoder gave
+decoder i          what attention i to that gave, states ─▶ states, queries, keys and values of layer i + 1
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blip2.model.graphs.feeds import Before, added, causal, refuse, run
-from blip2.model.graphs.graph import AT_ONCE, Graph, sessions
-from blip2.model.graphs.layers import Fed, Heads, Known, attend, attend_to, in_heads, rms_norm
+from blip2.model.graphs.attention import Heads, added, attend, causal, extended, in_heads, one_thread, refuse
+from blip2.model.graphs.graph import ModelFile, Signature
+from blip2.model.graphs.runtime import Runtime
 from blip2.model.key_values import RoomyLayer
 
 
@@ -24,41 +26,43 @@ class T5:
         """Whether the MLP is gated, with the usual GELU."""
         return config.is_gated_act and config.dense_act_fn == "gelu_new"
 
-    def replace(self, network: Any) -> None:
-        """Puts graphs in the place of the layers, which are used up one by one."""
-        heads = Heads(network.config.num_heads, network.config.num_heads, network.config.d_kv, 1.0)
-        width = network.config.d_model
-        for stack, write, kind in (
-            (network.encoder, _encoder_graphs, _EncoderStack),
-            (network.decoder, _decoder_graphs, _DecoderStack),
-        ):
+    def write(self, network: Any, file: ModelFile) -> list[Any]:
+        """As `DecoderOnly.write`."""
+        config = network.config
+        heads = Heads(config.num_heads, config.num_heads, config.d_kv, 1.0)
+        made: list[Any] = []
+        for stack, kind in ((network.encoder, _EncoderLayers), (network.decoder, _DecoderLayers)):
             biases = stack.block[0].layer[0].SelfAttention
-            places: list[range] = []
-            made = sessions(write(stack.block, heads, width, places))
-            each = len(made) // len(places)  # graphs of the same layers
-            parts = [made[i * each : (i + 1) * each] for i in range(len(places))]
-            blocks = [kind(heads, biases, some, *part) for some, part in zip(places, parts, strict=True)]
-            stack.block = nn.ModuleList(blocks)
+            write = _write_encoder if kind is _EncoderLayers else _write_decoder
+            write(file, stack.block, heads, config.d_model)
+            made.append(kind(heads, biases, len(stack.block)))
+            stack.block = nn.ModuleList(made[-1:])
             for name in ("q", "k", "v", "o"):  # only the biases of positions are still asked of it
                 delattr(biases, name)
+        return made
 
 
-class _Stack(nn.Module):
+class _Layers(nn.Module):
     """Layers that follow each other, in the place of one."""
 
-    def __init__(self, heads: Heads, biases: Any, places: range, session: Any, once: Any = None) -> None:
+    def __init__(self, heads: Heads, biases: Any, num_layers: int) -> None:
         super().__init__()
+        self.runtime: Runtime  # once the file is complete
         self.heads = heads
-        self.places = places
-        self._session, self._once = session, once
-        self._biases = [biases]  # no module of this one: each of several has it
+        self.biases = biases
+        self.num_layers = num_layers
 
     def position_bias(self, length: int, num_known: int) -> Tensor:
         """(1, H, T, L + T)."""
-        return self._biases[0].compute_bias(length, num_known + length, past_seen_tokens=num_known)
+        return self.biases.compute_bias(length, num_known + length, past_seen_tokens=num_known)
+
+    def in_heads(self, projected: Tensor, num_rows: int) -> list[Tensor]:
+        """Queries, keys and values, or some of them, side by side in rows -> (B, H, T, Dh) each."""
+        parts = projected.split(self.heads.widths[0], dim=1)
+        return [in_heads(part, num_rows, self.heads.width) for part in parts]
 
 
-class _EncoderStack(_Stack):
+class _EncoderLayers(_Layers):
     def forward(
         self,
         hidden_states: Tensor,
@@ -69,14 +73,21 @@ class _EncoderStack(_Stack):
     ) -> tuple[Tensor, Tensor, None]:
         """As a `T5Block`: states (B, T, D); a mask (B, 1, 1 or T, T); biases, None in the first."""
         refuse(hidden_states)
-        length = hidden_states.shape[1]
+        num_rows, length, _ = hidden_states.shape
         bias = self.position_bias(length, 0) if position_bias is None else position_bias
         mask = bias.float() if attention_mask is None else bias.float() + added(attention_mask)
-        (hidden,) = run(self._session, ["hidden"], {"states": hidden_states.float(), "mask": mask})
-        return _as(hidden, hidden_states.dtype), bias, None
+        states = hidden_states.float().flatten(0, 1)
+        with one_thread():
+            (projected,) = self.runtime.run_rows("encoder first", states=states)
+            for i in range(self.num_layers):
+                query, keys, values = self.in_heads(projected, num_rows)
+                attended = attend(query, keys, values, mask, self.heads)
+                states, *more = self.runtime.run_rows(f"encoder {i}", attended=attended, states=states)
+                projected = more[0] if more else projected
+        return _as(states.view(num_rows, length, -1), hidden_states.dtype), bias, None
 
 
-class _DecoderStack(_Stack):
+class _DecoderLayers(_Layers):
     def forward(
         self,
         hidden_states: Tensor,
@@ -93,36 +104,42 @@ class _DecoderStack(_Stack):
         refuse(hidden_states)
         num_rows, length, _ = hidden_states.shape
         own = None if past_key_values is None else past_key_values.self_attention_cache
-        before = Before(own, self.places, num_rows, self.heads, length)
-        bias = self.position_bias(length, before.num_known) if position_bias is None else position_bias
-        mask = bias.float() + added(causal(length, before.num_known) if attention_mask is None else attention_mask)
-        seen = torch.zeros(1, 1, 1, encoder_hidden_states.shape[1])
-        if encoder_attention_mask is not None:
-            seen = added(encoder_attention_mask)[:, :, :1]
-        fed = {"states": hidden_states.float(), "seen": seen} | before.fed(mask)
-        for i, (keys, values) in self._encoded(encoder_hidden_states, past_key_values).items():
-            fed |= {f"seen_keys_{i}": keys, f"seen_values_{i}": values}
-        hidden, *new = run(self._session, ["hidden", *before.new_names], fed)
-        before.take_in(new)
-        return _as(hidden, hidden_states.dtype), bias, None
+        num_known = 0 if own is None else own.get_seq_length()
+        bias = self.position_bias(length, num_known) if position_bias is None else position_bias
+        mask = bias.float() + added(causal(length, num_known) if attention_mask is None else attention_mask)
+        seen = None if encoder_attention_mask is None else added(encoder_attention_mask)[:, :, :1]
+        states = hidden_states.float().flatten(0, 1)
+        with one_thread():
+            encoded = self._encoded(encoder_hidden_states, past_key_values)
+            (projected,) = self.runtime.run_rows("decoder first", states=states)
+            for i in range(self.num_layers):
+                query, keys, values = self.in_heads(projected, num_rows)
+                attended = attend(query, *extended(own, keys, values, i), mask, self.heads)
+                states, crossing = self.runtime.run_rows(f"crossing {i}", attended=attended, states=states)
+                (query,) = self.in_heads(crossing, num_rows)
+                attended = attend(query, *encoded[i], seen, self.heads)
+                states, *more = self.runtime.run_rows(f"decoder {i}", attended=attended, states=states)
+                projected = more[0] if more else projected
+        return _as(states.view(num_rows, length, -1), hidden_states.dtype), bias, None
 
-    def _encoded(self, states: Tensor, caches: Any) -> dict[int, tuple[Tensor, Tensor]]:
+    def _encoded(self, states: Tensor, caches: Any) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (B, H, S, Dh) of what the encoder gave; computed once where there is a cache."""
         layers = [] if caches is None else caches.cross_attention_cache.layers
-        if caches is not None and caches.is_updated.get(self.places[0]):
-            return {i: (layers[i].keys, layers[i].values) for i in self.places}
-        names = [f"{kind}_{i}" for i in self.places for kind in ("keys", "values")]
-        found = run(self._once, names, {"encoded": states.float()})
-        encoded = dict(zip(self.places, zip(found[::2], found[1::2], strict=True), strict=True))
-        if caches is None:
-            return encoded
-        for i in self.places:
+        if caches is not None and caches.is_updated.get(0):
+            return [(layer.keys, layer.values) for layer in layers[: self.num_layers]]
+        rows, encoded = states.float().flatten(0, 1), []
+        for i in range(self.num_layers):
+            (projected,) = self.runtime.run_rows(f"encoded {i}", states=rows)
+            keys, values = (part.contiguous() for part in self.in_heads(projected, len(states)))
+            encoded.append((keys, values))
+            if caches is None:
+                continue
             layer = layers[i]
             if isinstance(layer, RoomyLayer):
-                layer.lazy_initialization(*encoded[i])
-                layer.put(*encoded[i])  # no more will come, so no room is needed
+                layer.lazy_initialization(keys, values)
+                layer.put(keys, values)  # no more will come, so no room is needed
             else:
-                layer.update(*encoded[i])
+                layer.update(keys, values)
             caches.is_updated[i] = True
         return encoded
 
@@ -135,63 +152,50 @@ def _as(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return hidden.to(dtype)
 
 
-def _project(graph: Graph, attention: Any, x: str) -> list[str]:
-    """Queries, keys and values of a self-attention."""
-    normed, own = rms_norm(graph, attention.layer_norm, x), attention.SelfAttention
-    return graph.product(normed, own.q, own.k, own.v)
+def _projected(signature: Signature, attention: Any, x: int) -> int:
+    """Queries, keys and values of a self-attention, side by side."""
+    own = attention.SelfAttention
+    return signature.product(signature.rms_norm(x, attention.layer_norm), own.q, own.k, own.v)
 
 
-def _feed_forward(graph: Graph, layer: Any, x: str) -> str:
-    mlp = layer.DenseReluDense
-    gate, up = graph.product(rms_norm(graph, layer.layer_norm, x), mlp.wi_0, mlp.wi_1)
-    opened = graph.node("Mul", graph.node("Gelu", gate, approximate="tanh"), up)
-    return graph.node("Add", x, *graph.product(opened, mlp.wo))
+def _feed_forward(signature: Signature, layer: Any, x: int) -> int:
+    mlp, normed = layer.DenseReluDense, signature.rms_norm(x, layer.layer_norm)
+    gate = signature.gelu(signature.product(normed, mlp.wi_0), by_tanh=True)
+    opened = signature.multiply(gate, signature.product(normed, mlp.wi_1))
+    return signature.add(x, signature.product(opened, mlp.wo))
 
 
-def _encoder_graphs(layers: nn.ModuleList, heads: Heads, width: int, places: list[range]) -> Iterator[Graph]:
-    """Graphs of as many layers as are laid out at once; which these are is appended to `places`."""
-    end = 0
-    while end < len(layers):
-        begin, graph = end, Graph()
-        x, mask = graph.input("states", "B", "T", width), graph.input("mask", "B1", heads.num, "T", "T")
-        while end < len(layers) and graph.num_bytes < AT_ONCE:
-            layer: Any = layers[end]
-            query, keys, values = _project(graph, layer.layer[0], x)
-            known = Known(*(in_heads(graph, states, heads.num, heads) for states in (keys, values)))
-            attended = attend_to(graph, query, known, mask, heads)
-            x = graph.node("Add", x, *graph.product(attended, layer.layer[0].SelfAttention.o))
-            x = _feed_forward(graph, layer.layer[1], x)
-            layers[end] = nn.Identity()
-            end += 1
-        graph.output("hidden", x)
-        places.append(range(begin, end))
-        yield graph
+def _write_encoder(file: ModelFile, layers: Any, heads: Heads, width: int) -> None:
+    first = file.signature("encoder first")
+    first.output("projected", _projected(first, layers[0].layer[0], first.input("states", width)))
+    for i, layer in enumerate(layers):
+        signature = file.signature(f"encoder {i}")
+        attended, x = signature.input("attended", heads.widths[0]), signature.input("states", width)
+        x = signature.add(x, signature.product(attended, layer.layer[0].SelfAttention.o))
+        x = _feed_forward(signature, layer.layer[1], x)
+        signature.output("states", x)
+        if i + 1 < len(layers):
+            signature.output("projected", _projected(signature, layers[i + 1].layer[0], x))
+        layers[i] = nn.Identity()
 
 
-def _decoder_graphs(layers: nn.ModuleList, heads: Heads, width: int, places: list[range]) -> Iterator[Graph]:
-    """As `_encoder_graphs`, two for the same layers: of every step, and of what is computed once."""
-    end = 0
-    while end < len(layers):
-        begin, graph, once = end, Graph(), Graph()
-        x, encoded = graph.input("states", "B", "T", width), once.input("encoded", "B", "S", width)
-        fed = Fed(graph.input("mask", "B1", heads.num, "T", "CT"), graph.input("sizes", 2, dtype=torch.int64))
-        seen = graph.input("seen", "B2", 1, 1, "S")
-        while end < len(layers) and graph.num_bytes + once.num_bytes < AT_ONCE:
-            layer: Any = layers[end]
-            own, cross, mlp = layer.layer
-            attended = attend(graph, _project(graph, own, x), fed, heads, end)
-            x = graph.node("Add", x, *graph.product(attended, own.SelfAttention.o))
-            attention = cross.EncDecAttention
-            for name, states in zip(("keys", "values"), once.product(encoded, attention.k, attention.v), strict=True):
-                once.output(f"{name}_{end}", in_heads(once, states, heads.num, heads))
-            shape = ("B", heads.num, "S", heads.width)
-            known = Known(graph.input(f"seen_keys_{end}", *shape), graph.input(f"seen_values_{end}", *shape))
-            (query,) = graph.product(rms_norm(graph, cross.layer_norm, x), attention.q)
-            x = graph.node("Add", x, *graph.product(attend_to(graph, query, known, seen, heads), attention.o))
-            x = _feed_forward(graph, mlp, x)
-            layers[end] = nn.Identity()
-            end += 1
-        graph.output("hidden", x)
-        places.append(range(begin, end))
-        yield graph
-        yield once
+def _write_decoder(file: ModelFile, layers: Any, heads: Heads, width: int) -> None:
+    first = file.signature("decoder first")
+    first.output("projected", _projected(first, layers[0].layer[0], first.input("states", width)))
+    for i, layer in enumerate(layers):
+        own, cross, mlp = layer.layer
+        attention, once = cross.EncDecAttention, file.signature(f"encoded {i}")
+        once.output("projected", once.product(once.input("states", width), attention.k, attention.v))
+        crossing = file.signature(f"crossing {i}")
+        attended, x = crossing.input("attended", heads.widths[0]), crossing.input("states", width)
+        x = crossing.add(x, crossing.product(attended, own.SelfAttention.o))
+        crossing.output("states", x)
+        crossing.output("query", crossing.product(crossing.rms_norm(x, cross.layer_norm), attention.q))
+        rest = file.signature(f"decoder {i}")
+        attended, x = rest.input("attended", heads.widths[0]), rest.input("states", width)
+        x = rest.add(x, rest.product(attended, attention.o))
+        x = _feed_forward(rest, mlp, x)
+        rest.output("states", x)
+        if i + 1 < len(layers):
+            rest.output("projected", _projected(rest, layers[i + 1].layer[0], x))
+        layers[i] = nn.Identity()

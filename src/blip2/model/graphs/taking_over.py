@@ -1,17 +1,19 @@
-"""Puts graphs in the place of a quantised LLM's layers.
+"""Puts LiteRT's products in the place of a quantised network's layers, all in one model.
 
-One graph and not a call for each product, since two programs' threads on the same cores get in each other's way: a word
-of OPT-2.7B took 66 to 190 ms that way, of which the products were 43 (docs/decisions.md).
+One model and not a call for each product, since two programs' threads on the same cores get in each other's way
+(docs/decisions.md).
 """
 
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from blip2.model.graphs.attention import one_thread, refuse
 from blip2.model.graphs.decoders import LLAMA, OPT
-from blip2.model.graphs.feeds import refuse, run
-from blip2.model.graphs.graph import Graph, can_take
+from blip2.model.graphs.graph import ModelFile, can_take
+from blip2.model.graphs.runtime import Runtime
 from blip2.model.graphs.t5 import T5
+from blip2.model.graphs.towers import TAKEN, take_over_tower
 from blip2.model.quantized import Int4Linear, Int8Linear
 
 
@@ -22,8 +24,8 @@ class Family(Protocol):
         """Whether a configuration is one that can be."""
         ...
 
-    def replace(self, network: Any) -> None:
-        """Puts graphs in the place of the layers."""
+    def write(self, network: Any, file: ModelFile) -> list[Any]:
+        """Writes the layers down and puts others in their place, which it gives back: they lack their `runtime`."""
         ...
 
 
@@ -34,44 +36,47 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-class OnnxLinear(nn.Module):
-    """A quantised linear layer whose product is ONNX Runtime's.
+class Product(nn.Module):
+    """A quantised linear layer whose product is a signature's."""
 
-    Args:
-        layer: is used up.
-    """
-
-    def __init__(self, layer: Int4Linear | Int8Linear) -> None:
+    def __init__(self, layer: Int4Linear | Int8Linear, file: ModelFile, name: str) -> None:
         super().__init__()
+        self.runtime: Runtime  # once the file is complete
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        graph = Graph()
-        (y,) = graph.product(graph.input("x", 1, "M", layer.in_features), layer)
-        graph.output("y", y)
-        self._session = graph.session()
+        self._name = name
+        signature = file.signature(name)
+        signature.output("y", signature.product(signature.input("x", layer.in_features), layer))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), in x's dtype."""
         refuse(x)
-        rows = x.reshape(-1, x.shape[-1]).float()
-        (y,) = run(self._session, ["y"], {"x": rows[None]})
-        return y[0].to(x.dtype).unflatten(0, x.shape[:-1])
+        with one_thread():
+            (y,) = self.runtime.run_rows(self._name, x=x.reshape(-1, x.shape[-1]).float())
+        return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
 def take_over(network: Any) -> bool:
-    """Replaces the layers of a quantised LLM and its product with the vocabulary, in place.
+    """Replaces a quantised LLM's layers and its product with the vocabulary, or a quantised image encoder's layers.
 
     Args:
-        network: a Hugging Face model, quantised and not used yet.
+        network: a Hugging Face model or tower, quantised and not used yet.
 
     Returns:
-        Whether it was; false for a family without a graph, and for layers that are not quantised.
+        Whether it was; false for a family that is not written down, and for layers that are not quantised.
     """
+    if type(network).__name__ in TAKEN:
+        return take_over_tower(network)
     family = FAMILIES.get(type(network).__name__)
     if family is None or not family.fits(network.config):
         return False
     kinds = nn.Linear | Int4Linear | Int8Linear
     if not all(can_take(layer) for layer in network.modules() if isinstance(layer, kinds)):
         return False
-    family.replace(network)
-    network.set_output_embeddings(OnnxLinear(network.get_output_embeddings()))
+    file = ModelFile()
+    made = family.write(network, file)
+    made.append(Product(network.get_output_embeddings(), file, "vocabulary"))
+    network.set_output_embeddings(made[-1])
+    runtime = file.runtime()
+    for one in made:
+        one.runtime = runtime
     return True

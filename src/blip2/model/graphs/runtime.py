@@ -1,0 +1,162 @@
+"""Runs what a `graph.ModelFile` describes.
+
+LiteRT lays the weights out for this processor once, into a file that is mapped: the system may take its pages back
+where memory is short, and reads them again.
+"""
+
+import atexit
+import ctypes
+import mmap
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from ai_edge_litert.compiled_model import CompiledModel
+from ai_edge_litert.cpu_options import CpuOptions
+from ai_edge_litert.environment import Environment
+from ai_edge_litert.hardware_accelerator import HardwareAccelerator
+from ai_edge_litert.options import Options
+from ai_edge_litert.tensor_buffer import TensorBuffer
+from torch import Tensor
+
+ROWS_AT_ONCE = 512  # of a product: bounds the memory for what lies between
+ALIGNED, FLOAT_BYTES = 64, 4
+
+Widths = dict[str, int]
+
+
+class Runtime:
+    """Signatures ready to be run, one at a time whichever thread asks.
+
+    Args:
+        path: of the model; it may be deleted afterwards.
+        shapes: the widths of inputs and outputs of each signature.
+    """
+
+    def __init__(self, path: Path, shapes: dict[str, tuple[Widths, Widths]]) -> None:
+        self._laid_out = path.with_name("laid-out")
+        processor = CpuOptions(num_threads=torch.get_num_threads())
+        processor.xnnpack_weight_cache_path = str(self._laid_out)
+        options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=processor)
+        with _silent_stderr():
+            self._model = CompiledModel.from_file(str(path), environment=_environment(), options=options)
+            self._model.create_input_buffers(0)[0].write(np.zeros(1, np.float32))  # the first of a process tells
+        _let_go_of_pages(path)  # of what was laid out they are not read again
+        self._shapes = shapes
+        self._places = {name: self._model.get_signature_index(name) for name in shapes}
+        found = {name: self._model.get_signature_by_index(place) for name, place in self._places.items()}
+        self._order = {name: (one["inputs"], one["outputs"]) for name, one in found.items()}
+        self._weights_at: list[tuple[int, int]] = []
+        self._num_rows: dict[str, int] = {}
+        self._arrays: dict[tuple[str, int], tuple[np.ndarray, TensorBuffer]] = {}
+        self._lock = threading.Lock()
+
+    def run(self, name: str, **inputs: Tensor) -> list[Tensor]:
+        """The outputs (R, width) of a signature for inputs (R, width), float32, in the order they were named in."""
+        (num_rows,) = {len(x) for x in inputs.values()}
+        (given, taken), (given_order, taken_order) = self._shapes[name], self._order[name]
+        with self._lock:
+            if self._num_rows.get(name) != num_rows:
+                for key, width in given.items():
+                    self._model.resize_input_tensor_by_name(name, key, [num_rows * width])
+                self._num_rows[name] = num_rows
+            arguments = [self._array(f"{key} in", num_rows * given[key]) for key in given_order]
+            results = [self._array(f"{key} out", num_rows * taken[key]) for key in taken_order]
+            for key, (array, _) in zip(given_order, arguments, strict=True):
+                np.copyto(array.reshape(num_rows, -1), inputs[key].detach().numpy())
+            self._model.run_by_index(self._places[name], [one[1] for one in arguments], [one[1] for one in results])
+            found = {
+                key: array.reshape(num_rows, -1).copy() for key, (array, _) in zip(taken_order, results, strict=True)
+            }
+        return [torch.from_numpy(found[key]) for key in taken]
+
+    def run_rows(self, name: str, **inputs: Tensor) -> list[Tensor]:
+        """As `run`, of a signature whose rows do not look at each other: some at a time."""
+        if max(len(x) for x in inputs.values()) <= ROWS_AT_ONCE:
+            return self.run(name, **inputs)
+        parts = zip(*(x.split(ROWS_AT_ONCE) for x in inputs.values()), strict=True)
+        found = [self.run(name, **dict(zip(inputs, part, strict=True))) for part in parts]
+        return [torch.cat(pieces) for pieces in zip(*found, strict=True)]
+
+    def let_go(self) -> None:
+        """Takes the weights out of this process's memory until they are used again, which costs little where the system
+        still has them."""
+        self._weights_at = self._weights_at or _mapped(self._laid_out)
+        for begin, length in self._weights_at:
+            _madvise(begin, length)
+
+    def _array(self, key: str, size: int) -> tuple[np.ndarray, TensorBuffer]:
+        """Numbers that LiteRT reads or writes where they are, which signatures share; the last size of each is kept."""
+        found = self._arrays.get((key, size))
+        if found is None:
+            self._arrays = {other: kept for other, kept in self._arrays.items() if other[0] != key}
+            array = _aligned(size)
+            found = self._arrays[key, size] = array, TensorBuffer.create_from_host_memory(array)
+        return found
+
+
+def _aligned(size: int) -> np.ndarray:
+    """So many float32 from where LiteRT can read and write them."""
+    room = np.empty(size * FLOAT_BYTES + ALIGNED, np.uint8)
+    begin = -room.ctypes.data % ALIGNED
+    return room[begin : begin + size * FLOAT_BYTES].view(np.float32)
+
+
+@cache
+def _environment() -> Environment:
+    """What all models of the process share. It is never let go of, for it tells of that too, and so does another one
+    that the library makes for itself and ends with the process."""
+    environment = Environment.create()
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(environment))
+    atexit.register(_to_nowhere)
+    return environment
+
+
+def _to_nowhere() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+
+
+@contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """LiteRT tells of accelerators that it does not find, and nothing makes it silent. What it says when it fails is
+    in its exception."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def _let_go_of_pages(path: Path) -> None:
+    """Takes a file's pages out of this process's memory, where the system can: what is used is read again."""
+    for begin, length in _mapped(path):
+        _madvise(begin, length)
+
+
+def _mapped(path: Path) -> list[tuple[int, int]]:
+    """Where a file's parts lie in memory, and their lengths; none where the system does not tell."""
+    maps = Path("/proc/self/maps")
+    if not (hasattr(mmap, "MADV_DONTNEED") and maps.exists()):
+        return []
+    found, names = [], (f" {path.resolve()}", f" {path.resolve()} (deleted)")
+    for line in maps.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.endswith(names):
+            begin, end = (int(number, 16) for number in line.partition(" ")[0].split("-"))
+            found.append((begin, end - begin))
+    return found
+
+
+def _madvise(begin: int, length: int) -> None:
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
