@@ -6,7 +6,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from blip2.errors import UserError
-from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear, quantize, to_int4, to_int8
+from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear, quantize, to_int4, to_int8, turn_back
 from blip2.model.rotation import block_of, turned
 
 OPT = {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "word_embed_proj_dim": 64}
@@ -62,6 +62,21 @@ def test_turned_weights_compute_with_turned_inputs(linear):
     x = torch.randn(2, 5, 128)
     expected = nn.functional.linear(x, weight, linear.bias)
     assert (layer(x) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_a_language_model_whose_weights_are_turned_back_says_nearly_the_same():
+    """As on a GPU, whose kernels take inputs as they are."""
+    torch.manual_seed(0)
+    network = OPTForCausalLM(OPTConfig(vocab_size=80, **OPT)).eval().requires_grad_(False)
+    ids = torch.arange(12)[None]
+    before = network(ids).logits
+    quantize(network, "int8")
+    assert network.lm_head.turned_block == network.get_input_embeddings().turned_block == 64
+    turn_back(network)
+    assert network.lm_head.turned_block == network.get_input_embeddings().turned_block == 0
+    assert network.get_input_embeddings().weight is network.lm_head.weight
+    after = network(ids).logits
+    assert (after - before).square().mean() < 0.001 * before.square().mean()
 
 
 def test_turning_keeps_products_and_undoes_itself():

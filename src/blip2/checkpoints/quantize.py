@@ -57,7 +57,9 @@ def _parts(
     """The settings that name what was quantised, and the folders it lies in."""
     folders = {}
     vision = frozen.load_vision(settings.vision.place(source), dtype="auto", image_size=settings.image_size)
-    if isinstance(vision, HuggingFaceVision | HuggingFaceConvNext) and quantize(vision.network, "int8"):
+    if isinstance(vision, HuggingFaceVision | HuggingFaceConvNext) and quantize(
+        vision.network, "int8", rounds_inputs=True
+    ):
         _name_layers(vision.network)
         folders[VISION] = beside / VISION
         quantized.save(vision.network, "int8", folders[VISION])

@@ -27,7 +27,7 @@ from blip2.model.rotation import block_of
 
 MARK = "quantization.json"
 WEIGHTS = "quantized.safetensors"
-FORMAT, FORMAT_TURNED = 1, 2  # the second one's four-bit weights are turned
+FORMAT, FORMAT_TURNED = 1, 2  # the second one tells which weights were turned
 AGAIN = "Write the folder again with blip2 quantize."
 
 
@@ -37,12 +37,12 @@ class Mark(NamedTuple):
     Attributes:
         shared: names of weights and the ones they are.
         group_size: of weights of four bits; None where it was not told.
-        are_turned: whether weights of four bits were turned before they were rounded.
+        turned: which weights were turned before they were rounded, "int8" or "int4" or both.
     """
 
     shared: dict[str, str]
     group_size: int | None
-    are_turned: bool
+    turned: frozenset[str]
 
 
 def is_quantized(folder: Path) -> bool:
@@ -86,8 +86,10 @@ def save(network: Any, bits: str, folder: Path, *, group_size: int | None = None
     except SafetensorError as error:
         raise UserError(f"{folder / WEIGHTS} could not be written: {error}.") from error
     grouped = {} if group_size is None else {"group_size": group_size}
-    are_turned = any(layer.turned_block for layer in network.modules() if isinstance(layer, Int4Linear))
-    mark = {"format": FORMAT_TURNED if are_turned else FORMAT, "bits": bits, **grouped, "shared": shared}
+    layers = [layer for layer in network.modules() if isinstance(layer, Int4Linear | Int8Linear) and layer.turned_block]
+    turned = sorted({"int4" if isinstance(layer, Int4Linear) else "int8" for layer in layers})
+    told = {"format": FORMAT_TURNED, "turned": turned} if turned else {"format": FORMAT}
+    mark = told | {"bits": bits, **grouped, "shared": shared}
     (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
 
 
@@ -114,7 +116,7 @@ def load(
         network = make()
     quantized, misshapen = [], set()
     for place in sorted({name.rpartition(".")[0] for name in weights}):
-        layer = _layer(place, weights, network, dtype, rounds_inputs=is_vision, are_turned=mark.are_turned)
+        layer = _layer(place, weights, network, dtype, rounds_inputs=is_vision, turned=mark.turned)
         if layer is not None:
             misshapen |= set() if _sizes(layer) == _sizes(network.get_submodule(place)) else {place}
             network.set_submodule(place, layer)
@@ -138,7 +140,7 @@ def _layer(
     dtype: torch.dtype,
     *,
     rounds_inputs: bool,
-    are_turned: bool,
+    turned: frozenset[str],
 ) -> nn.Module | None:
     """The quantised layer at a place, of the weights found there; None where they are not of one."""
     names = ("weight", "scale", "packed", "scale_and_zero", "bias")
@@ -148,13 +150,14 @@ def _layer(
     except AttributeError:
         return None  # `load` tells of weights that have no place
     if packed is not None and scale_and_zero is not None:
-        block = block_of(2 * packed.shape[1]) if are_turned else 0
+        block = block_of(2 * packed.shape[1]) if "int4" in turned else 0
         return Int4Linear(packed, scale_and_zero, bias, turned_block=block)
     if weight is None or scale is None or weight.dtype != torch.int8:
         return None
+    block = block_of(weight.shape[1]) if "int8" in turned else 0
     if isinstance(was, nn.Embedding):
-        return Int8Embedding(weight, scale, dtype)
-    return Int8Linear(weight, scale, bias, rounds_inputs=rounds_inputs)
+        return Int8Embedding(weight, scale, dtype, turned_block=block)
+    return Int8Linear(weight, scale, bias, rounds_inputs=rounds_inputs, turned_block=block)
 
 
 def _sizes(layer: Any) -> tuple[int, ...]:
@@ -173,13 +176,13 @@ def _read_mark(folder: Path) -> Mark:
         if mark["format"] not in (FORMAT, FORMAT_TURNED):
             raise BadData(f"{folder / MARK} has a format that this version does not know. Update blip2.")
         shared = {str(name): str(owner) for name, owner in mark["shared"].items()}
-        are_turned = mark["format"] == FORMAT_TURNED
+        turned = frozenset(map(str, mark["turned"] if mark["format"] == FORMAT_TURNED else ()))
         if mark.get("group_size") is None:
-            return Mark(shared, None, are_turned)
+            return Mark(shared, None, turned)
         if mark["group_size"] not in GROUP_SIZES:
             told = f"has groups of {mark['group_size']!r}, which are not among {GROUP_SIZES}"
             raise BadData(f"{folder / MARK} {told}. {AGAIN}")
-        return Mark(shared, int(mark["group_size"]), are_turned)
+        return Mark(shared, int(mark["group_size"]), turned)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadData(f"{folder / MARK} is broken ({error!r}). {AGAIN}") from None
 

@@ -38,6 +38,7 @@ class Int8Linear(nn.Module):
         bias: (N,) or None.
         rounds_inputs: whether inputs are rounded as well, each row with a scale of its own: fast where there are many
             rows. An image encoder bears it; an LLM, with few inputs far larger than the rest, loses by it.
+        turned_block: as of `Int4Linear`.
     """
 
     weight: Tensor
@@ -51,9 +52,11 @@ class Int8Linear(nn.Module):
         bias: Tensor | None,
         *,
         rounds_inputs: bool = False,
+        turned_block: int = 0,
     ) -> None:
         super().__init__()
         self.rounds_inputs = rounds_inputs
+        self.turned_block = turned_block
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
@@ -62,15 +65,24 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) -> (..., N), in x's dtype."""
         refuse_gradient(x)
-        rows = x.reshape(-1, x.shape[-1]).float()  # (M, K)
+        rows = turned(x.reshape(-1, x.shape[-1]).float(), self.turned_block)  # (M, K)
         y = int8_product(rows, self.weight, self.scale, rounds_inputs=self.rounds_inputs)  # (M, N)
         if self.bias is not None:
             y = y.add_(self.bias)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def dequantized(self, begin: int, end: int) -> Tensor:
-        """What was rounded, some of its rows, (n, K) float32."""
+        """What was rounded, some of its rows, (n, K) float32; turned, if it was."""
         return self.weight[begin:end] * self.scale[begin:end, None]
+
+    def turn_back(self) -> None:
+        """Rounds the weights again as they were before they were turned; inputs are then taken as they are."""
+        parts = [
+            to_int8(turned(self.dequantized(begin, begin + ROWS_AT_ONCE), self.turned_block))
+            for begin in range(0, self.out_features, ROWS_AT_ONCE)
+        ]
+        rounded, scales = zip(*parts, strict=True)
+        self.weight, self.scale, self.turned_block = torch.cat(rounded), torch.cat(scales), 0
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
@@ -83,13 +95,15 @@ class Int8Embedding(nn.Module):
         weight: (V, D) int8.
         scale: (V,) float32.
         dtype: of what it gives.
+        turned_block: as of the `Int8Linear`.
     """
 
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, scale: Tensor, dtype: torch.dtype, *, turned_block: int = 0) -> None:
         super().__init__()
+        self.turned_block = turned_block
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.dtype = dtype
@@ -97,7 +111,8 @@ class Int8Embedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(...) -> (..., D)."""
-        return (self.weight[input_ids] * self.scale[input_ids][..., None]).to(self.dtype)
+        words = self.weight[input_ids] * self.scale[input_ids][..., None]
+        return turned(words, self.turned_block).to(self.dtype)
 
 
 class Int4Linear(nn.Module):
@@ -182,14 +197,15 @@ def refuse_gradient(x: Tensor) -> None:
 # Rounding
 
 
-def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+def to_int8(weight: Tensor, *, turned_block: int = 0) -> tuple[Tensor, Tensor]:
     """(N, K) -> int8 (N, K) and scales (N,) float32: each row's largest weight becomes 127."""
-    scale = weight.abs().amax(dim=1).float().clamp(min=1e-10) / 127
-    rounded = [
-        (rows.float() / scales[:, None]).round().to(torch.int8)
-        for rows, scales in zip(weight.split(ROWS_AT_ONCE), scale.split(ROWS_AT_ONCE), strict=True)
-    ]
-    return torch.cat(rounded), scale
+    parts = []
+    for some in weight.split(ROWS_AT_ONCE):
+        rows = turned(some.float(), turned_block)
+        scale = rows.abs().amax(dim=1).clamp(min=1e-10) / 127
+        parts.append(((rows / scale[:, None]).round().to(torch.int8), scale))
+    rounded, scales = zip(*parts, strict=True)
+    return torch.cat(rounded), torch.cat(scales)
 
 
 def to_int4(weight: Tensor, group_size: int = GROUP_SIZE, *, turned_block: int = 0) -> tuple[Tensor, Tensor]:
@@ -258,33 +274,47 @@ def quantize(network: Any, bits: Bits, *, group_size: int = GROUP_SIZE, rounds_i
     shares = head is not None and type(words) is nn.Embedding and words.weight is head.weight
     names = [name for name, layer in network.named_modules() if name and _is_linear(layer)]
     layers = [network.get_submodule(name) for name in names]
-    turns = bits == "int4" and not _had_four_bits([layer for layer in layers if layer is not head], group_size)
+    had_four_bits = bits == "int4" and _had_four_bits([layer for layer in layers if layer is not head], group_size)
     del layers
     for name in names:  # one by one: what is replaced frees its memory
         layer: Any = network.get_submodule(name)
         weight = _weight(layer)
         bias = None if layer.bias is None else layer.bias.detach().float()
         if bits == "int4" and layer is not head and _fits_int4(weight, group_size):
-            block = block_of(weight.shape[1]) if turns else 0
+            block = 0 if had_four_bits else block_of(weight.shape[1])
             rounded, scales = to_int4(weight, group_size, turned_block=block)
             network.set_submodule(name, Int4Linear(rounded, scales, bias, turned_block=block))
             continue
-        rounded, scale = to_int8(weight)
-        network.set_submodule(name, Int8Linear(rounded, scale, bias, rounds_inputs=rounds_inputs))
+        block = 0 if rounds_inputs else block_of(weight.shape[1])
+        rounded, scale = to_int8(weight, turned_block=block)
+        layer_of_int8 = Int8Linear(rounded, scale, bias, rounds_inputs=rounds_inputs, turned_block=block)
+        network.set_submodule(name, layer_of_int8)
         if layer is head and words is not None and shares:
             for place in [place for place, module in network.named_modules() if module is words]:
-                network.set_submodule(place, Int8Embedding(rounded, scale, words.weight.dtype))
+                network.set_submodule(place, Int8Embedding(rounded, scale, words.weight.dtype, turned_block=block))
     return len(names)
 
 
 def arrange(network: nn.Module, device: torch.device) -> None:
     """Lays the four-bit weights out for `device` now, instead of on first use, and puts those of eight bits where the
-    kernel for few rows reads them: a file aligns to eight bytes alone."""
+    kernel for few rows reads them: a file aligns to eight bytes alone. A GPU's kernels take no turned ones of eight."""
+    if device.type == "cuda":
+        turn_back(network)
     for layer in network.modules():
         if isinstance(layer, Int4Linear):
             layer.arrange(device)
         elif isinstance(layer, Int8Linear) and device.type == "cpu" and layer.weight.data_ptr() % STEP:
             layer.weight = layer.weight.clone()
+
+
+def turn_back(network: nn.Module) -> None:
+    """Has layers of eight bits take their inputs as they are (`Int8Linear.turn_back`), and what shares a matrix too."""
+    for layer in network.modules():
+        if isinstance(layer, Int8Linear) and layer.turned_block:
+            words = [one for one in network.modules() if isinstance(one, Int8Embedding) and one.weight is layer.weight]
+            layer.turn_back()
+            for one in words:
+                one.weight, one.scale, one.turned_block = layer.weight, layer.scale, 0
 
 
 def has_few_bits(network: nn.Module) -> bool:

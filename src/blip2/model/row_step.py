@@ -274,5 +274,5 @@ def _are_alike(layers: Sequence[Any]) -> bool:
     """Whether layers that are read together have weights of one kind, and all a bias or none."""
     kinds = {(type(layer), getattr(layer.weight, "dtype", None), layer.bias is None) for layer in layers}
     first = layers[0]
-    is_known = type(first) is Int8Linear or (type(first) is nn.Linear and first.weight.is_floating_point())
-    return len(kinds) == 1 and is_known
+    is_int8 = type(first) is Int8Linear and not any(layer.turned_block for layer in layers)
+    return len(kinds) == 1 and (is_int8 or (type(first) is nn.Linear and first.weight.is_floating_point()))

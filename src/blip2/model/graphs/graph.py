@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from blip2.errors import UserError
 from blip2.model.graphs.runtime import Runtime
 from blip2.model.quantized import Int4Linear, Int8Linear, to_int8
-from blip2.model.rotation import block_of, hadamard, turned
+from blip2.model.rotation import block_of, hadamard
 
 schema: Any = schema_py_generated  # made by a program, with types that its own functions do not keep to
 ALIGNED = 64  # bytes that a weight begins at a multiple of
@@ -352,7 +352,8 @@ def _kind(layer: QuantizedLinear) -> tuple[int, int]:
     """Bits of a weight and inputs that are turned together, as the kernel has them."""
     if isinstance(layer, Int4Linear) and layer.turned_block:
         return 4, layer.turned_block
-    return 8, 0 if isinstance(layer, Int8Linear) and layer.rounds_inputs else block_of(layer.in_features)
+    keeps = isinstance(layer, Int8Linear) and (layer.rounds_inputs or layer.turned_block)
+    return 8, layer.turned_block if keeps else block_of(layer.in_features)
 
 
 def _int4(layer: Int4Linear) -> tuple[Tensor, Tensor]:
@@ -361,13 +362,14 @@ def _int4(layer: Int4Linear) -> tuple[Tensor, Tensor]:
 
 
 def _int8(layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
-    """(N, K) int8, turned, and scales (N,) float32. Four-bit weights that were not turned have eight here: they came
-    from sixteen values a group, and would lose them."""
-    if isinstance(layer, Int8Linear) and layer.rounds_inputs:
-        return layer.weight, layer.scale
-    parts = []
-    for begin in range(0, layer.out_features, ROWS_AT_ONCE):
-        rows = layer.dequantized(begin, begin + ROWS_AT_ONCE)
-        parts.append(to_int8(turned(rows, block_of(layer.in_features))))
+    """(N, K) int8, turned but for an image encoder, and scales (N,) float32. Four-bit weights that were not turned have
+    eight here: they came from sixteen values a group, and would lose them."""
+    if isinstance(layer, Int8Linear) and (layer.rounds_inputs or layer.turned_block):
+        return layer.weight, layer.scale.float()
+    block = block_of(layer.in_features)
+    parts = [
+        to_int8(layer.dequantized(begin, begin + ROWS_AT_ONCE), turned_block=block)
+        for begin in range(0, layer.out_features, ROWS_AT_ONCE)
+    ]
     weight, scale = zip(*parts, strict=True)
     return torch.cat(weight), torch.cat(scale)
