@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from blip2 import paths
-from blip2.checkpoints import convert, frozen, huggingface, native
+from blip2.checkpoints import convert, frozen, huggingface, native, quantized
 from blip2.errors import BadData, MissingFile, MissingPart, UnknownModel, Untrusted, UserError
 from blip2.inference import heap
 from blip2.inference.blip2 import Blip2
@@ -203,7 +203,7 @@ class _Loader:
         self._check(self.settings.vision, vision_model)
         self._lighten(vision_model, "int8", rounds_inputs=True)
         if self.device.type == "cpu" and has_few_bits(vision_model):
-            _take_over(vision_model.network)
+            _take_over(vision_model.network, self.settings.vision.place(self.folder))
         vision_model.to(self.device).eval()
         if self.device.type == "cuda":
             vision_model.record()
@@ -245,7 +245,7 @@ class _Loader:
         on_cpu = self.device.type == "cpu" and self.device_map is None
         rounds_inputs = on_cpu and has_few_bits(network)
         if rounds_inputs:
-            _take_over(network)
+            _take_over(network, name)
         arrange(network, self.device)  # what no graph took
         if on_cpu:
             pack(network)
@@ -321,10 +321,10 @@ class _Loader:
             )
 
 
-def _take_over(network: Any) -> None:
+def _take_over(network: Any, place: str | Path) -> None:
     from blip2.model.graphs.taking_over import take_over  # here, since the runtime takes a fifth of a second to import
 
-    take_over(network)
+    take_over(network, quantized.weights_file(Path(place)))
 
 
 def wrap_language_model(network: Any, tokenizer: LanguageTokenizer, *, stop: str = "") -> LanguageModel:

@@ -21,6 +21,7 @@ from ai_edge_litert import schema_py_generated
 from torch import Tensor, nn
 
 from blip2.errors import UserError
+from blip2.model.graphs import kept
 from blip2.model.graphs.runtime import Runtime
 from blip2.model.quantized import Int4Linear, Int8Linear, to_int8
 from blip2.model.rotation import block_of, hadamard
@@ -61,6 +62,10 @@ Shape = tuple[int, ...]
 class ModelFile:
     """A file of signatures; `runtime` ends it. Weights go to the file as they come, so that none is held twice.
 
+    Args:
+        weights: the file that the weights come from, if what is laid out may be kept for the next time (`kept`). Where
+            it was, signatures are written down without their weights.
+
     Attributes:
         num_bytes: of weights so far.
 
@@ -68,15 +73,25 @@ class ModelFile:
         UserError: no room where temporary files go.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Path | None = None) -> None:
         self.num_bytes = 0
+        self._weights = weights
+        self._place = None if weights is None else kept.place_for(weights)
+        self.is_kept = self._place is not None and kept.is_filled(self._place)
         self._buffers: list[Any] = [schema.BufferT()]
         self._codes: dict[str, int] = {}
         self._versions: list[Any] = []
         self._signatures: list[Signature] = []
+        self._folder = self._temporary = None
+        if self.is_kept:
+            return
+        if self._place is not None and weights is not None:
+            self._folder = kept.begun(self._place, weights)
         try:
-            self._folder = tempfile.TemporaryDirectory(prefix="blip2-", ignore_cleanup_errors=True)
-            self._file = (Path(self._folder.name) / "model.tflite").open("wb")
+            if self._folder is None:
+                self._temporary = tempfile.TemporaryDirectory(prefix="blip2-", ignore_cleanup_errors=True)
+                self._folder = Path(self._temporary.name)
+            self._file = (self._folder / kept.MODEL).open("wb")
             self._file.seek(RESERVED)
         except OSError as error:
             raise _no_room(error) from None
@@ -96,7 +111,6 @@ class ModelFile:
         try:
             self._file.write(bytes(-self._file.tell() % ALIGNED))
             buffer.offset, buffer.size = self._file.tell(), array.nbytes
-            self.num_bytes += array.nbytes
             self._file.write(np.ascontiguousarray(array).data)
         except OSError as error:
             raise _no_room(error) from None
@@ -116,6 +130,21 @@ class ModelFile:
     def runtime(self) -> Runtime:
         """What runs it, with as many threads as PyTorch has now."""
         shapes = {signature.name: signature.shapes() for signature in self._signatures}
+        if self.is_kept and self._place is not None:
+            return Runtime(self._place, shapes)
+        try:
+            self._write_description()
+            assert self._folder is not None
+            runtime = Runtime(self._folder, shapes)
+        except OSError as error:
+            raise _no_room(error) from None
+        if self._temporary is not None:
+            self._temporary.cleanup()
+        elif self._place is not None and self._weights is not None:
+            runtime.folder = kept.put(self._folder, self._place, self._weights)
+        return runtime
+
+    def _write_description(self) -> None:
         model = schema.ModelT()
         model.version, model.description = 3, "blip2"
         model.subgraphs = [signature.subgraph() for signature in self._signatures]
@@ -126,14 +155,9 @@ class ModelFile:
         description = builder.Output()
         if len(description) > RESERVED:
             raise UserError("This model has too many layers to be quantised on a CPU. Load it unquantised.")
-        try:
-            self._file.seek(0)
-            self._file.write(description)
-            self._file.close()
-            with self._folder:
-                return Runtime(Path(self._file.name), shapes)
-        except OSError as error:
-            raise _no_room(error) from None
+        self._file.seek(0)
+        self._file.write(description)
+        self._file.close()
 
 
 class Signature:
@@ -169,6 +193,11 @@ class Signature:
     def product(self, x: int, *layers: QuantizedLinear, relu: bool = False) -> int:
         """Through linear layers, whose results stand side by side."""
         kinds = [_kind(layer) for layer in layers]
+        self._file.num_bytes += sum(
+            layer.out_features * layer.in_features * bits // 8 for layer, (bits, _) in zip(layers, kinds, strict=True)
+        )
+        if self._file.is_kept:
+            return self._tensor((-1, sum(layer.out_features for layer in layers)))
         if len(set(kinds)) > 1:
             return self._side_by_side([self.product(x, layer, relu=relu) for layer in layers])
         bits, block = kinds[0]
@@ -226,6 +255,8 @@ class Signature:
     def constant(self, tensor: Tensor) -> int:
         """Numbers that do not change."""
         array = tensor.detach().contiguous().numpy()
+        if self._file.is_kept:
+            return self._tensor(array.shape)
         return self._tensor(array.shape, KINDS[array.dtype], self._file.buffer(array))
 
     def reshape(self, x: int, shape: Shape) -> int:

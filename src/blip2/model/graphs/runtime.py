@@ -26,6 +26,8 @@ from ai_edge_litert.options import Options
 from ai_edge_litert.tensor_buffer import TensorBuffer
 from torch import Tensor
 
+from blip2.model.graphs.kept import LAID_OUT, MODEL
+
 ROWS_AT_ONCE = 512  # of a product: bounds the memory for what lies between
 ALIGNED, FLOAT_BYTES = 64, 4
 
@@ -36,14 +38,17 @@ class Runtime:
     """Signatures ready to be run, one at a time whichever thread asks.
 
     Args:
-        path: of the model; it may be deleted afterwards.
+        folder: with the model, and what was laid out of it or will be; it may be moved or deleted afterwards.
         shapes: the widths of inputs and outputs of each signature.
+
+    Attributes:
+        folder: where the files are, or were.
     """
 
-    def __init__(self, path: Path, shapes: dict[str, tuple[Widths, Widths]]) -> None:
-        self._laid_out = path.with_name("laid-out")
+    def __init__(self, folder: Path, shapes: dict[str, tuple[Widths, Widths]]) -> None:
+        self.folder, path = folder, folder / MODEL
         processor = CpuOptions(num_threads=torch.get_num_threads())
-        processor.xnnpack_weight_cache_path = str(self._laid_out)
+        processor.xnnpack_weight_cache_path = str(folder / LAID_OUT)
         options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=processor)
         with _silent_stderr():
             self._model = CompiledModel.from_file(str(path), environment=_environment(), options=options)
@@ -88,7 +93,7 @@ class Runtime:
     def let_go(self) -> None:
         """Takes the weights out of this process's memory until they are used again, which costs little where the system
         still has them."""
-        self._weights_at = self._weights_at or _mapped(self._laid_out)
+        self._weights_at = self._weights_at or _mapped(self.folder / LAID_OUT)
         for begin, length in self._weights_at:
             _madvise(begin, length)
 

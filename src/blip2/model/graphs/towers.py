@@ -4,6 +4,7 @@ Inputs are rounded row by row without a turn, as `Int8Linear` does for image enc
 are used once a picture, so their memory is let go of after each signature: ViT-g's take 100 MB and not 950.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,11 +40,12 @@ class TowerLayers(nn.Module):
         return torch.stack(states).to(hidden_states.dtype)
 
 
-def take_over_tower(network: Any) -> bool:
+def take_over_tower(network: Any, weights: Path | None = None) -> bool:
     """Replaces the layers of a quantised image encoder, in place.
 
     Args:
         network: a Hugging Face tower.
+        weights: as of `take_over`.
 
     Returns:
         Whether it was; false for a tower that is not written down, and where not all linear layers are int8.
@@ -57,7 +59,7 @@ def take_over_tower(network: Any) -> bool:
     width = config.hidden_size // config.num_attention_heads
     heads = Heads(config.num_attention_heads, config.num_attention_heads, width, width**-0.5)
     del linear
-    file, names, i = ModelFile(), [], 0
+    file, names, i = ModelFile(weights), [], 0
     while i < len(layers):
         names.append(f"from {i}")
         signature, begin = file.signature(names[-1]), file.num_bytes
