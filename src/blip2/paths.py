@@ -6,7 +6,6 @@
     runs/       training runs
     features/   image features of frozen encoders
     converted/  .pth files of the original code, as model folders
-    laid-out/   quantised parts as the processor's kernels read them (model/graphs/kept.py)
 
 A folder that is not there is made when something is put into it.
 """

@@ -157,7 +157,7 @@ def test_a_mark_that_is_no_mark_is_named(small):
 
 
 def test_a_folder_tells_its_groups_and_whether_weights_were_turned(peers, tmp_path, monkeypatch):
-    monkeypatch.setattr("blip2.inference.loading._take_over", lambda network, place: None)  # the layers stay to be seen
+    monkeypatch.setattr("blip2.inference.loading._take_over", lambda network: None)  # the layers stay to be seen
     run("quantize", peers("blip2-opt").folder, tmp_path / "small", "--to", "int4", "--group-size", 64)
 
     def layers():

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -228,12 +229,15 @@ def test_a_row_is_read_as_if_it_were_alone(visual_prompt):
 
 
 def test_several_threads_of_a_program_may_read_at_once(visual_prompt):
+    """Some of them a picture that is new, beside others' batches."""
     language_model = language_models(_opt)[1]
+    language_model.attends_apart = language_model.model.get_decoder().layers[0]
     expected = language_model.start(visual_prompt, IDS, MASK)[1]
     results, together = [], threading.Barrier(6)
 
     def read():
         together.wait()
+        language_model.start(visual_prompt[:1], IDS[1:], MASK[1:], prefix=Prefix())
         results.append(language_model.start(visual_prompt, IDS, MASK)[1])
 
     threads = [threading.Thread(target=read) for _ in range(6)]
@@ -330,6 +334,48 @@ def test_weights_of_any_size_keep_their_precision(factor):
     near(product(layer)(x), RoundedRows(layer)(x), 2e-3)
 
 
+def test_weights_much_smaller_than_others_beside_them_keep_their_precision():
+    torch.manual_seed(0)
+    x, sizes = torch.randn(3, 128), (1.0, 1e-3, 1e-6)
+    layers, rows = [], torch.randn(48, 128)
+    for factors in (torch.full((48,), sizes[0]), torch.full((48,), sizes[1]), torch.tensor(sizes * 16)):
+        stored = to_int4(rows * factors[:, None], 64, turned_block=64)
+        layers.append(Int4Linear(*stored, None, turned_block=64))
+    file = ModelFile()
+    signature = file.signature("three")
+    signature.output("y", signature.product(signature.input("x", 128), *layers))
+    (y,) = file.runtime().run("three", x=x)
+    for part, layer in zip(y.split(48, dim=1), layers, strict=True):
+        for i in range(3):
+            near(part[:, i::3], float_inputs(layer)(x)[:, i::3], 0.03)
+
+
+def test_no_rows_give_no_rows():
+    torch.manual_seed(0)
+    alone = product(Int8Linear(*to_int8(torch.randn(8, 16)), None))
+    assert alone(torch.zeros(0, 16)).shape == (0, 8)
+    network = tower("eva")
+    assert take_over(network)
+    assert HuggingFaceVision(network, name="t", drop_last_layer=False)(torch.zeros(0, 3, 28, 28)).shape == (0, 17, 64)
+
+
+def test_threads_of_pytorch_are_as_many_afterwards():
+    layer = product(Int8Linear(*to_int8(torch.eye(64)), None))
+    threads, found = torch.get_num_threads(), []
+
+    def work():
+        layer(torch.ones(1, 64))
+        found.append(torch.get_num_threads())
+
+    together = [threading.Thread(target=work) for _ in range(8)]
+    for thread in together:
+        thread.start()
+    for thread in together:
+        thread.join()
+    layer(torch.ones(1, 64))
+    assert found == [threads] * 8 and torch.get_num_threads() == threads
+
+
 def test_a_large_weight_is_computed_in_parts(monkeypatch):
     torch.manual_seed(0)
     linear = nn.Linear(64, 100).requires_grad_(False)
@@ -412,6 +458,12 @@ def test_a_full_disk_says_what_is_needed(size):
     with pytest.raises(UserError, match=r"\(No space left on device\).*TMPDIR"):
         signature.output("y", signature.add(signature.input("x", size), signature.constant(torch.zeros(size))))
         file.runtime()
+
+
+def test_a_disk_that_will_be_full_says_so_before(monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=0))
+    with pytest.raises(UserError, match=r"too little space.*TMPDIR"):
+        language_models(_opt)
 
 
 def test_no_folder_for_temporary_files_says_what_is_needed(monkeypatch, tmp_path):

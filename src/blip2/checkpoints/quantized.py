@@ -50,11 +50,6 @@ def is_quantized(folder: Path) -> bool:
     return (folder / MARK).is_file()
 
 
-def weights_file(folder: Path) -> Path | None:
-    """The weights of a quantised part; None where the folder is none."""
-    return folder / WEIGHTS if is_quantized(folder) else None
-
-
 def group_size(folder: Path) -> int | None:
     """Weights of four bits that share a scale; None where there are none, and where the folder does not tell.
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from blip2 import paths
-from blip2.checkpoints import convert, frozen, huggingface, native, quantized
+from blip2.checkpoints import convert, frozen, huggingface, native
 from blip2.errors import BadData, MissingFile, MissingPart, UnknownModel, Untrusted, UserError
 from blip2.inference import heap
 from blip2.inference.blip2 import Blip2
@@ -203,7 +203,7 @@ class _Loader:
         self._check(self.settings.vision, vision_model)
         self._lighten(vision_model, "int8", rounds_inputs=True)
         if self.device.type == "cpu" and has_few_bits(vision_model):
-            _take_over(vision_model.network, self.settings.vision.place(self.folder))
+            _take_over(vision_model.network)
         vision_model.to(self.device).eval()
         if self.device.type == "cuda":
             vision_model.record()
@@ -245,7 +245,7 @@ class _Loader:
         on_cpu = self.device.type == "cpu" and self.device_map is None
         rounds_inputs = on_cpu and has_few_bits(network)
         if rounds_inputs:
-            _take_over(network, name)
+            _take_over(network)
         arrange(network, self.device)  # what no graph took
         if on_cpu:
             pack(network)
@@ -253,7 +253,7 @@ class _Loader:
         tokenizer = LanguageTokenizer(hf_tokenizer, prompt_padding=padding)
         language_model = wrap_language_model(network, tokenizer, stop=self.settings.stop)
         language_model.reads_prefix_apart = rounds_inputs
-        language_model.attends_apart = next((part for part in network.modules() if hasattr(part, "num_apart")), None)
+        language_model.attends_apart = next((part for part in network.modules() if hasattr(part, "apart")), None)
         if self.device_map is None:
             language_model.to(self.device)
             if self.device.type == "cuda":
@@ -321,10 +321,10 @@ class _Loader:
             )
 
 
-def _take_over(network: Any, place: str | Path) -> None:
+def _take_over(network: Any) -> None:
     from blip2.model.graphs.taking_over import take_over  # here, since the runtime takes a fifth of a second to import
 
-    take_over(network, quantized.weights_file(Path(place)))
+    take_over(network)
 
 
 def wrap_language_model(network: Any, tokenizer: LanguageTokenizer, *, stop: str = "") -> LanguageModel:

@@ -217,9 +217,8 @@ class DecoderLM(_FrozenLM):
         visual = visual_prompt.to(self.model.dtype)
         reads_apart = self.reads_prefix_apart and is_roomy(make_cache(self.model.config))  # else in vain
         if prefix is not None and not prefix.keys_and_values and self.attends_apart is not None:
-            self.attends_apart.num_apart = visual.shape[1]
-            reading, logits = self._start(visual, prompt_ids, prompt_mask, ())
-            self.attends_apart.num_apart = 0
+            with self.attends_apart.apart(visual.shape[1]):
+                reading, logits = self._start(visual, prompt_ids, prompt_mask, ())
             _fill(prefix, reading, visual.shape[1])
             return reading, logits
         if prefix is not None and not prefix.keys_and_values and reads_apart:

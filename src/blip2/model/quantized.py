@@ -109,6 +109,11 @@ class Int8Embedding(nn.Module):
         self.dtype = dtype
         self.num_embeddings, self.embedding_dim = weight.shape
 
+    def is_of(self, layer: Int8Linear) -> bool:
+        """Whether a layer has the same matrix, be it in memory of its own."""
+        shares = self.weight.data_ptr() == layer.weight.data_ptr()
+        return shares or (self.weight.shape == layer.weight.shape and torch.equal(self.weight, layer.weight))
+
     def forward(self, input_ids: Tensor) -> Tensor:
         """(...) -> (..., D)."""
         words = self.weight[input_ids] * self.scale[input_ids][..., None]
@@ -148,7 +153,9 @@ class Int4Linear(nn.Module):
         if self._arranged is None or self._arranged.device != x.device:
             self.arrange(x.device)
         assert self._arranged is not None
-        rows = turned(x.reshape(-1, x.shape[-1]), self.turned_block)
+        rows = x.reshape(-1, x.shape[-1])
+        if self.turned_block:
+            rows = turned(rows.float(), self.turned_block)
         y = int4_product(rows, self._arranged, self.scale_and_zero).to(x.dtype)  # (M, N)
         if self.bias is not None:
             y = y + self.bias
@@ -311,7 +318,7 @@ def turn_back(network: nn.Module) -> None:
     """Has layers of eight bits take their inputs as they are (`Int8Linear.turn_back`), and what shares a matrix too."""
     for layer in network.modules():
         if isinstance(layer, Int8Linear) and layer.turned_block:
-            words = [one for one in network.modules() if isinstance(one, Int8Embedding) and one.weight is layer.weight]
+            words = [one for one in network.modules() if isinstance(one, Int8Embedding) and one.is_of(layer)]
             layer.turn_back()
             for one in words:
                 one.weight, one.scale, one.turned_block = layer.weight, layer.scale, 0

@@ -12,16 +12,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")
 LARGEST_BLOCK = 64  # inputs that are turned together: 128 spread a tenth better and take twice the time
 
 
 @cache
-def hadamard(size: int) -> Tensor:
-    """(size, size) float32, symmetric, its own inverse; size is a power of two."""
-    matrix = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
-    return matrix / size**0.5
+def hadamard(size: int, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(size, size), symmetric, its own inverse; size is a power of two."""
+    with torch.inference_mode(False):
+        matrix = torch.ones(1, 1)
+        while len(matrix) < size:
+            matrix = torch.cat([torch.cat([matrix, matrix], dim=1), torch.cat([matrix, -matrix], dim=1)])
+        return (matrix / size**0.5).to(device, dtype)
 
 
 def block_of(width: int) -> int:
@@ -33,4 +35,4 @@ def turned(x: Tensor, block: int) -> Tensor:
     """(..., K) with every `block` of them turned, in x's dtype; turned twice is x again."""
     if block < 2:
         return x
-    return (x.unflatten(-1, (-1, block)) @ hadamard(block).to(x)).flatten(-2)
+    return (x.unflatten(-1, (-1, block)) @ hadamard(block, x.device, x.dtype)).flatten(-2)

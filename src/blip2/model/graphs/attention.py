@@ -15,6 +15,14 @@ from blip2.model.quantized import refuse_gradient
 CLOSED = -1e30  # added to the score of what may not be seen; not infinite, for a row of padding may see nothing
 
 
+@dataclass
+class _Outside:
+    threads: int = 1  # PyTorch's, where no product is computed
+
+
+_outside = _Outside()
+
+
 @dataclass(frozen=True)
 class Heads:
     """How a layer's attention is shaped.
@@ -51,7 +59,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, hea
         weights = torch.softmax(scores if mask is None else scores + mask[:, :, 0], dim=2)
         return (weights[..., None] * values).sum(dim=2).flatten(1)
     attended = F.scaled_dot_product_attention(query, keys, values, mask, scale=heads.scale, enable_gqa=shared)
-    return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+    return attended.float().transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def added(seen: Tensor) -> Tensor:
@@ -88,10 +96,13 @@ def extended(cache: Any, keys: Tensor, values: Tensor, place: int) -> tuple[Tens
 @contextmanager
 def one_thread() -> Iterator[None]:
     """PyTorch's other threads wait for work by spinning, on the cores that the products' threads are on: there are none
-    meanwhile."""
-    threads = torch.get_num_threads()
+    meanwhile. What begins to use PyTorch in another thread meanwhile has one as well, so 1 is not what is gone back to
+    where it was more before."""
+    now = torch.get_num_threads()
+    if now > 1:
+        _outside.threads = now
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(max(now, _outside.threads))

@@ -6,7 +6,9 @@ transformers' model stays around them: embeddings, masks, the last norm. In plac
     layer i        what attention i gave, states ─▶ states, queries, keys and values of layer i + 1
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,20 +21,25 @@ from blip2.model.graphs.runtime import Runtime
 
 
 class Layers(nn.Module):
-    """All layers of a decoder, in the place of one; see the module's docstring.
-
-    Attributes:
-        num_apart: of a pass over one row that nothing is known of, how many tokens' attention is computed by itself, as
-            it is when they are read before the others. Products of a row do not depend on what is beside it; attention
-            sums in another order where there are more tokens.
-    """
+    """All layers of a decoder, in the place of one; see the module's docstring. It cannot be copied."""
 
     def __init__(self, heads: Heads, num_layers: int) -> None:
         super().__init__()
         self.runtime: Runtime  # once the file is complete
         self._heads = heads
         self._num_layers = num_layers
-        self.num_apart = 0
+        self._apart: ContextVar[int] = ContextVar("num_apart", default=0)
+
+    @contextmanager
+    def apart(self, num_tokens: int) -> Iterator[None]:
+        """Has the attention of the first so many tokens of single rows that nothing is known of computed by itself, as
+        it is when they are read before the others, in this thread. Products of a row do not depend on what is beside
+        it; attention sums in another order where there are more tokens."""
+        token = self._apart.set(num_tokens)
+        try:
+            yield
+        finally:
+            self._apart.reset(token)
 
     def forward(
         self,
@@ -73,8 +80,8 @@ class Layers(nn.Module):
 
     def _attend(self, query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         """As `attend`, the first tokens apart."""
-        end, length = self.num_apart, query.shape[2]
-        if mask is None or not 0 < end < length:
+        end, length = self._apart.get(), query.shape[2]
+        if mask is None or len(query) > 1 or not 0 < end < length or keys.shape[2] > length:
             return attend(query, keys, values, mask, self._heads)
         first = attend(query[:, :, :end], keys[:, :, :end], values[:, :, :end], mask[..., :end, :end], self._heads)
         return torch.cat([first, attend(query[:, :, end:], keys, values, mask[..., end:, :], self._heads)])

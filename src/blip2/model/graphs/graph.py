@@ -10,6 +10,7 @@ each row to eight bits with one scale and add integers up. So that one scale wil
 Source: https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs
 """
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,6 @@ from ai_edge_litert import schema_py_generated
 from torch import Tensor, nn
 
 from blip2.errors import UserError
-from blip2.model.graphs import kept
 from blip2.model.graphs.runtime import Runtime
 from blip2.model.quantized import Int4Linear, Int8Linear, to_int8
 from blip2.model.rotation import block_of, hadamard
@@ -29,11 +29,14 @@ from blip2.model.rotation import block_of, hadamard
 schema: Any = schema_py_generated  # made by a program, with types that its own functions do not keep to
 ALIGNED = 64  # bytes that a weight begins at a multiple of
 RESERVED = 256 << 20  # bytes before the first weight, for the description: a hole in the file
+MORE_ROOM = 1.1  # times the weights, that what is laid out of them takes
 LARGEST_WEIGHT = 32 << 20  # bytes; LiteRT keeps as much memory as the largest takes
 SMALL = 1024  # bytes up to which a constant stands in the description itself
 FULLY_CONNECTED_VERSION = 13  # of the operation, with weights of four bits in groups
 SIGN = 0x88  # turns two numbers of 0..15 around 8 into signed ones of four bits
-LEAST_SCALE = 2.0**-14  # that float16 holds without loss
+LEAST_SCALE, LIKE = 2.0**-14, 2.0**-11  # that float16 holds without loss; of the largest, of one layer
+MUCH_LARGER = 8  # scales of another layer, which has a product of its own then
+ZEROS = 0x88  # two four-bit weights that are 0
 ROWS_AT_ONCE = 2048  # of a weight while it is turned: bounds the memory that takes
 
 KINDS = {
@@ -62,10 +65,6 @@ Shape = tuple[int, ...]
 class ModelFile:
     """A file of signatures; `runtime` ends it. Weights go to the file as they come, so that none is held twice.
 
-    Args:
-        weights: the file that the weights come from, if what is laid out may be kept for the next time (`kept`). Where
-            it was, signatures are written down without their weights.
-
     Attributes:
         num_bytes: of weights so far.
 
@@ -73,28 +72,18 @@ class ModelFile:
         UserError: no room where temporary files go.
     """
 
-    def __init__(self, weights: Path | None = None) -> None:
+    def __init__(self) -> None:
         self.num_bytes = 0
-        self._weights = weights
-        self._place = None if weights is None else kept.place_for(weights)
-        self.is_kept = self._place is not None and kept.is_filled(self._place)
         self._buffers: list[Any] = [schema.BufferT()]
         self._codes: dict[str, int] = {}
         self._versions: list[Any] = []
         self._signatures: list[Signature] = []
-        self._folder = self._temporary = None
-        if self.is_kept:
-            return
-        if self._place is not None and weights is not None:
-            self._folder = kept.begun(self._place, weights)
         try:
-            if self._folder is None:
-                self._temporary = tempfile.TemporaryDirectory(prefix="blip2-", ignore_cleanup_errors=True)
-                self._folder = Path(self._temporary.name)
-            self._file = (self._folder / kept.MODEL).open("wb")
+            self._folder = tempfile.TemporaryDirectory(prefix="blip2-", ignore_cleanup_errors=True)
+            self._file = (Path(self._folder.name) / "model.tflite").open("wb")
             self._file.seek(RESERVED)
         except OSError as error:
-            raise _no_room(error) from None
+            raise _no_room(error.strerror) from None
 
     def signature(self, name: str) -> "Signature":
         """A new one."""
@@ -111,9 +100,10 @@ class ModelFile:
         try:
             self._file.write(bytes(-self._file.tell() % ALIGNED))
             buffer.offset, buffer.size = self._file.tell(), array.nbytes
+            self.num_bytes += array.nbytes
             self._file.write(np.ascontiguousarray(array).data)
         except OSError as error:
-            raise _no_room(error) from None
+            raise _no_room(error.strerror) from None
         return len(self._buffers) - 1
 
     def code(self, kind: str) -> int:
@@ -130,21 +120,6 @@ class ModelFile:
     def runtime(self) -> Runtime:
         """What runs it, with as many threads as PyTorch has now."""
         shapes = {signature.name: signature.shapes() for signature in self._signatures}
-        if self.is_kept and self._place is not None:
-            return Runtime(self._place, shapes)
-        try:
-            self._write_description()
-            assert self._folder is not None
-            runtime = Runtime(self._folder, shapes)
-        except OSError as error:
-            raise _no_room(error) from None
-        if self._temporary is not None:
-            self._temporary.cleanup()
-        elif self._place is not None and self._weights is not None:
-            runtime.folder = kept.put(self._folder, self._place, self._weights)
-        return runtime
-
-    def _write_description(self) -> None:
         model = schema.ModelT()
         model.version, model.description = 3, "blip2"
         model.subgraphs = [signature.subgraph() for signature in self._signatures]
@@ -155,9 +130,16 @@ class ModelFile:
         description = builder.Output()
         if len(description) > RESERVED:
             raise UserError("This model has too many layers to be quantised on a CPU. Load it unquantised.")
-        self._file.seek(0)
-        self._file.write(description)
-        self._file.close()
+        try:
+            self._file.seek(0)
+            self._file.write(description)
+            self._file.close()
+            if shutil.disk_usage(self._folder.name).free < MORE_ROOM * self.num_bytes:
+                raise _no_room(f"{self._folder.name} has too little space")  # LiteRT would end the process
+            with self._folder:
+                return Runtime(Path(self._file.name), shapes)
+        except OSError as error:
+            raise _no_room(error.strerror) from None
 
 
 class Signature:
@@ -193,16 +175,12 @@ class Signature:
     def product(self, x: int, *layers: QuantizedLinear, relu: bool = False) -> int:
         """Through linear layers, whose results stand side by side."""
         kinds = [_kind(layer) for layer in layers]
-        self._file.num_bytes += sum(
-            layer.out_features * layer.in_features * bits // 8 for layer, (bits, _) in zip(layers, kinds, strict=True)
-        )
-        if self._file.is_kept:
-            return self._tensor((-1, sum(layer.out_features for layer in layers)))
-        if len(set(kinds)) > 1:
+        largest = [float(layer.scale_and_zero.max()) for layer in layers if isinstance(layer, Int4Linear)]
+        if len(set(kinds)) > 1 or (len(largest) > 1 and max(largest) > MUCH_LARGER * min(largest)):
             return self._side_by_side([self.product(x, layer, relu=relu) for layer in layers])
         bits, block = kinds[0]
         stored = [_int4(layer) if isinstance(layer, Int4Linear) and bits == 4 else _int8(layer) for layer in layers]
-        weight, scale = (torch.cat([one[i] for one in stored]) for i in range(2))
+        weight, scale = (torch.cat([one[i] for one in stored]) if len(stored) > 1 else stored[0][i] for i in range(2))
         power = 1.0
         if bits == 4:
             power = float(2.0 ** -torch.frexp(scale.max()).exponent)
@@ -255,8 +233,6 @@ class Signature:
     def constant(self, tensor: Tensor) -> int:
         """Numbers that do not change."""
         array = tensor.detach().contiguous().numpy()
-        if self._file.is_kept:
-            return self._tensor(array.shape)
         return self._tensor(array.shape, KINDS[array.dtype], self._file.buffer(array))
 
     def reshape(self, x: int, shape: Shape) -> int:
@@ -364,10 +340,10 @@ def _named(tensors: dict[str, int]) -> list[Any]:
     return found
 
 
-def _no_room(error: OSError) -> UserError:
+def _no_room(reason: str | None) -> UserError:
     return UserError(
-        f"Weights could not be laid out in a temporary file ({error.strerror}). Up to three times what the quantised "
-        "part has on disk is needed; the environment variable TMPDIR names another folder."
+        f"Weights could not be laid out in a temporary file ({reason}). Up to three times what the quantised part has "
+        "on disk is needed; the environment variable TMPDIR names another folder."
     )
 
 
@@ -381,10 +357,18 @@ def can_take(layer: Any) -> bool:
 
 def _kind(layer: QuantizedLinear) -> tuple[int, int]:
     """Bits of a weight and inputs that are turned together, as the kernel has them."""
-    if isinstance(layer, Int4Linear) and layer.turned_block:
+    if isinstance(layer, Int4Linear) and layer.turned_block and _has_like_scales(layer):
         return 4, layer.turned_block
     keeps = isinstance(layer, Int8Linear) and (layer.rounds_inputs or layer.turned_block)
     return 8, layer.turned_block if keeps else block_of(layer.in_features)
+
+
+def _has_like_scales(layer: Int4Linear) -> bool:
+    """Whether LiteRT can have a layer's scales, in float16: none is much smaller than the largest, but of groups of
+    nothing but zeros."""
+    scale = layer.scale_and_zero[..., 0].t()  # (N, K / G)
+    is_small = scale < scale.max() * LIKE
+    return bool((layer.packed.unflatten(1, (-1, layer.group_size // 2))[is_small] == ZEROS).all())
 
 
 def _int4(layer: Int4Linear) -> tuple[Tensor, Tensor]:
@@ -397,7 +381,7 @@ def _int8(layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
     eight here: they came from sixteen values a group, and would lose them."""
     if isinstance(layer, Int8Linear) and (layer.rounds_inputs or layer.turned_block):
         return layer.weight, layer.scale.float()
-    block = block_of(layer.in_features)
+    block = 0 if layer.turned_block else block_of(layer.in_features)  # once
     parts = [
         to_int8(layer.dequantized(begin, begin + ROWS_AT_ONCE), turned_block=block)
         for begin in range(0, layer.out_features, ROWS_AT_ONCE)

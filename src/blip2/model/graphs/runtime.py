@@ -9,7 +9,6 @@ import ctypes
 import mmap
 import os
 import sys
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,10 +25,10 @@ from ai_edge_litert.options import Options
 from ai_edge_litert.tensor_buffer import TensorBuffer
 from torch import Tensor
 
-from blip2.model.graphs.kept import LAID_OUT, MODEL
-
 ROWS_AT_ONCE = 512  # of a product: bounds the memory for what lies between
 ALIGNED, FLOAT_BYTES = 64, 4
+
+_silence = threading.Lock()
 
 Widths = dict[str, int]
 
@@ -38,17 +37,14 @@ class Runtime:
     """Signatures ready to be run, one at a time whichever thread asks.
 
     Args:
-        folder: with the model, and what was laid out of it or will be; it may be moved or deleted afterwards.
+        path: of the model; it may be deleted afterwards.
         shapes: the widths of inputs and outputs of each signature.
-
-    Attributes:
-        folder: where the files are, or were.
     """
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[Widths, Widths]]) -> None:
-        self.folder, path = folder, folder / MODEL
+    def __init__(self, path: Path, shapes: dict[str, tuple[Widths, Widths]]) -> None:
+        self._laid_out = path.with_name("laid-out")
         processor = CpuOptions(num_threads=torch.get_num_threads())
-        processor.xnnpack_weight_cache_path = str(folder / LAID_OUT)
+        processor.xnnpack_weight_cache_path = str(self._laid_out)
         options = Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=processor)
         with _silent_stderr():
             self._model = CompiledModel.from_file(str(path), environment=_environment(), options=options)
@@ -67,6 +63,8 @@ class Runtime:
         """The outputs (R, width) of a signature for inputs (R, width), float32, in the order they were named in."""
         (num_rows,) = {len(x) for x in inputs.values()}
         (given, taken), (given_order, taken_order) = self._shapes[name], self._order[name]
+        if num_rows == 0:
+            return [torch.zeros(0, width) for width in taken.values()]
         with self._lock:
             if self._num_rows.get(name) != num_rows:
                 for key, width in given.items():
@@ -93,7 +91,7 @@ class Runtime:
     def let_go(self) -> None:
         """Takes the weights out of this process's memory until they are used again, which costs little where the system
         still has them."""
-        self._weights_at = self._weights_at or _mapped(self.folder / LAID_OUT)
+        self._weights_at = self._weights_at or _mapped(self._laid_out)
         for begin, length in self._weights_at:
             _madvise(begin, length)
 
@@ -127,16 +125,17 @@ def _environment() -> Environment:
 def _to_nowhere() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
+    os.close(nowhere)
 
 
 @contextmanager
 def _silent_stderr() -> Iterator[None]:
     """LiteRT tells of accelerators that it does not find, and nothing makes it silent. What it says when it fails is
     in its exception."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as nowhere:
-        os.dup2(nowhere.fileno(), 2)
+    with _silence:
+        sys.stderr.flush()
+        kept = os.dup(2)
+        _to_nowhere()
         try:
             yield
         finally:

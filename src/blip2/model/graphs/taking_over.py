@@ -4,7 +4,6 @@ One model and not a call for each product, since two programs' threads on the sa
 (docs/decisions.md).
 """
 
-from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -56,25 +55,24 @@ class Product(nn.Module):
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
 
-def take_over(network: Any, weights: Path | None = None) -> bool:
+def take_over(network: Any) -> bool:
     """Replaces a quantised LLM's layers and its product with the vocabulary, or a quantised image encoder's layers.
 
     Args:
         network: a Hugging Face model or tower, quantised and not used yet.
-        weights: the file that its weights come from, if what is laid out of them may be kept.
 
     Returns:
         Whether it was; false for a family that is not written down, and for layers that are not quantised.
     """
     if type(network).__name__ in TAKEN:
-        return take_over_tower(network, weights)
+        return take_over_tower(network)
     family = FAMILIES.get(type(network).__name__)
     if family is None or not family.fits(network.config):
         return False
     kinds = nn.Linear | Int4Linear | Int8Linear
     if not all(can_take(layer) for layer in network.modules() if isinstance(layer, kinds)):
         return False
-    file = ModelFile(weights)
+    file = ModelFile()
     made = family.write(network, file)
     made.append(Product(network.get_output_embeddings(), file, "vocabulary"))
     network.set_output_embeddings(made[-1])

@@ -4,7 +4,6 @@ Inputs are rounded row by row without a turn, as `Int8Linear` does for image enc
 are used once a picture, so their memory is let go of after each signature: ViT-g's take 100 MB and not 950.
 """
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +32,8 @@ class TowerLayers(nn.Module):
     def forward(self, hidden_states: Tensor, **unused: Any) -> Tensor:
         """(B, N, D) after the last layer."""
         refuse(hidden_states)
+        if len(hidden_states) == 0:
+            return hidden_states
         states = list(hidden_states.float())
         for name in self._names:
             states = [self._runtime.run(name, states=one)[0] for one in states]
@@ -40,12 +41,11 @@ class TowerLayers(nn.Module):
         return torch.stack(states).to(hidden_states.dtype)
 
 
-def take_over_tower(network: Any, weights: Path | None = None) -> bool:
+def take_over_tower(network: Any) -> bool:
     """Replaces the layers of a quantised image encoder, in place.
 
     Args:
         network: a Hugging Face tower.
-        weights: as of `take_over`.
 
     Returns:
         Whether it was; false for a tower that is not written down, and where not all linear layers are int8.
@@ -59,7 +59,7 @@ def take_over_tower(network: Any, weights: Path | None = None) -> bool:
     width = config.hidden_size // config.num_attention_heads
     heads = Heads(config.num_attention_heads, config.num_attention_heads, width, width**-0.5)
     del linear
-    file, names, i = ModelFile(weights), [], 0
+    file, names, i = ModelFile(), [], 0
     while i < len(layers):
         names.append(f"from {i}")
         signature, begin = file.signature(names[-1]), file.num_bytes
