@@ -35,7 +35,7 @@ from blip2.model.graphs import towers
 from blip2.model.graphs.graph import ModelFile
 from blip2.model.graphs.taking_over import Product, take_over
 from blip2.model.language import DecoderLM, EncoderDecoderLM
-from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear, quantize, to_int4, to_int8
+from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear, num_parts, quantize, to_int4, to_int8
 from blip2.model.reading import Prefix
 from blip2.model.rotation import block_of, turned
 from blip2.model.vision import HuggingFaceVision
@@ -374,6 +374,27 @@ def test_threads_of_pytorch_are_as_many_afterwards():
         thread.join()
     layer(torch.ones(1, 64))
     assert found == [threads] * 8 and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("length", [576, 1536])
+@pytest.mark.parametrize("is_int4", [False, True])
+def test_a_small_models_rows_have_parts_with_scales_of_their_own(length, is_int4):
+    """An input that stands out makes its own part coarse, of four-bit weights that were not turned too."""
+    torch.manual_seed(0)
+    linear = nn.Linear(length, 40).requires_grad_(False)
+    count = num_parts(length)
+    assert length // count == 192
+    weight, scale = to_int8(linear.weight, turned_block=64, num_parts=count)
+    layer = Int8Linear(weight, scale, linear.bias, turned_block=64)
+    if is_int4:
+        layer = Int4Linear(*to_int4(linear.weight), linear.bias)
+    x = torch.randn(5, length)
+    near(product(layer)(x), float_inputs(layer)(x), 0.02)
+    x[:, 7], part = 1e5, slice(192, None)
+    y, expected = product(layer)(x), float_inputs(layer)(x)
+    x[:, part] = 0
+    without, expected_without = product(layer)(x), float_inputs(layer)(x)
+    near(y - without, expected - expected_without, 0.02)  # the other parts are as fine as before
 
 
 def test_a_large_weight_is_computed_in_parts(monkeypatch):

@@ -6,7 +6,16 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
 from blip2.errors import UserError
-from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear, quantize, to_int4, to_int8, turn_back
+from blip2.model.quantized import (
+    Int4Linear,
+    Int8Embedding,
+    Int8Linear,
+    num_parts,
+    quantize,
+    to_int4,
+    to_int8,
+    turn_back,
+)
 from blip2.model.rotation import block_of, turned
 
 OPT = {"hidden_size": 64, "ffn_dim": 96, "num_hidden_layers": 1, "num_attention_heads": 4, "word_embed_proj_dim": 64}
@@ -62,6 +71,27 @@ def test_turned_weights_compute_with_turned_inputs(linear):
     x = torch.randn(2, 5, 128)
     expected = nn.functional.linear(x, weight, linear.bias)
     assert (layer(x) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_parts_of_a_row_have_scales_of_their_own():
+    torch.manual_seed(0)
+    linear = nn.Linear(384, 48).requires_grad_(False)
+    weight, scale = to_int8(linear.weight, turned_block=64, num_parts=2)
+    assert scale.shape == (48, 2)
+    assert (weight.abs().unflatten(1, (2, 192)).amax(dim=2) == 127).all()
+    layer, x = Int8Linear(weight, scale, linear.bias, turned_block=64), torch.randn(2, 5, 384)
+    stored = turned(layer.dequantized(0, 48), 64)
+    expected = nn.functional.linear(x, stored, linear.bias)
+    assert (layer(x) - expected).abs().max() < 0.01 * expected.abs().max()
+    words = Int8Embedding(weight, scale, torch.float32, turned_block=64)
+    assert words.is_of(layer) and torch.allclose(words(torch.tensor([[3, 7]])), stored[None, [3, 7]], atol=1e-6)
+    layer.turn_back()
+    assert layer.scale.shape == (48,) and layer.turned_block == 0
+    assert (layer(x) - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_large_language_models_have_one_scale_a_row():
+    assert [num_parts(width) for width in (64, 384, 576, 1536, 2048, 2560, 10240)] == [1, 2, 3, 8, 1, 1, 1]
 
 
 def test_a_language_model_whose_weights_are_turned_back_says_nearly_the_same():

@@ -8,6 +8,7 @@ Frozen means frozen: no gradient passes through, and asking for one is an error.
 norms, position embeddings) keeps its precision.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ MIDDLE = 8  # the four bits that stand for the zero
 CLIPS = 12  # how far each group's range is narrowed in search of the least squared error
 NARROWEST = 0.7
 ARRANGED_AT_ONCE = 256  # rows of a weight, a multiple of the four-bit kernels' blocks of 16, 32 or 64
+LARGE, LEAST_PART = 2048, 192  # inputs from which a row has one scale; and of a part, where it has several
 TRIED = 64  # rows of each layer that tell whether weights had four bits before
 HAD_FOUR_BITS = 0.25  # of the squared error of turned weights: less tells so
 ROWS_AT_ONCE = 2048  # of a weight while it is rounded: bounds the memory that takes
@@ -34,7 +36,8 @@ class Int8Linear(nn.Module):
 
     Attributes:
         weight: (N, K) int8.
-        scale: (N,) float32; weight * scale is what was rounded.
+        scale: (N,) float32, or (N, P) where each row has P parts of equal length with a scale of their own, as their
+            inputs have then; weight * scale is what was rounded.
         bias: (N,) or None.
         rounds_inputs: whether inputs are rounded as well, each row with a scale of its own: fast where there are many
             rows. An image encoder bears it; an LLM, with few inputs far larger than the rest, loses by it.
@@ -66,14 +69,24 @@ class Int8Linear(nn.Module):
         """(..., K) -> (..., N), in x's dtype."""
         refuse_gradient(x)
         rows = turned(x.reshape(-1, x.shape[-1]).float(), self.turned_block)  # (M, K)
-        y = int8_product(rows, self.weight, self.scale, rounds_inputs=self.rounds_inputs)  # (M, N)
+        y = torch.zeros(())
+        for inputs, weight, scale in zip(*self.parts(rows), strict=True):
+            y = y + int8_product(inputs, weight, scale, rounds_inputs=self.rounds_inputs)  # (M, N)
         if self.bias is not None:
             y = y.add_(self.bias)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def dequantized(self, begin: int, end: int) -> Tensor:
         """What was rounded, some of its rows, (n, K) float32; turned, if it was."""
-        return self.weight[begin:end] * self.scale[begin:end, None]
+        return _unrounded(self.weight[begin:end], self.scale[begin:end])
+
+    def parts(self, rows: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+        """Inputs (M, K), the weight and the scales (N,) of each part of a row."""
+        if self.scale.dim() == 1:
+            return [rows], [self.weight], [self.scale]
+        count = self.scale.shape[1]
+        weights = [part.contiguous() for part in self.weight.chunk(count, dim=1)]
+        return rows.chunk(count, dim=1), weights, self.scale.t().contiguous().unbind()
 
     def turn_back(self) -> None:
         """Rounds the weights again as they were before they were turned; inputs are then taken as they are."""
@@ -93,7 +106,7 @@ class Int8Embedding(nn.Module):
 
     Attributes:
         weight: (V, D) int8.
-        scale: (V,) float32.
+        scale: (V,) or (V, P) float32.
         dtype: of what it gives.
         turned_block: as of the `Int8Linear`.
     """
@@ -116,7 +129,7 @@ class Int8Embedding(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """(...) -> (..., D)."""
-        words = self.weight[input_ids] * self.scale[input_ids][..., None]
+        words = _unrounded(self.weight[input_ids], self.scale[input_ids])
         return turned(words, self.turned_block).to(self.dtype)
 
 
@@ -192,6 +205,13 @@ class Int4Linear(nn.Module):
         return f"{self.in_features}, {self.out_features}, group_size={self.group_size}"
 
 
+def _unrounded(weight: Tensor, scale: Tensor) -> Tensor:
+    """(..., K) int8 times scales (...) or (..., P), float32."""
+    if scale.dim() < weight.dim():
+        return weight * scale[..., None]
+    return (weight.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
+
+
 def refuse_gradient(x: Tensor) -> None:
     """Raises UserError where a gradient would have to pass through rounded numbers, and silently would not."""
     if x.requires_grad and torch.is_grad_enabled():
@@ -204,15 +224,26 @@ def refuse_gradient(x: Tensor) -> None:
 # Rounding
 
 
-def to_int8(weight: Tensor, *, turned_block: int = 0) -> tuple[Tensor, Tensor]:
-    """(N, K) -> int8 (N, K) and scales (N,) float32: each row's largest weight becomes 127."""
-    parts = []
+def to_int8(weight: Tensor, *, turned_block: int = 0, num_parts: int = 1) -> tuple[Tensor, Tensor]:
+    """(N, K) -> int8 (N, K) and scales (N,) or (N, P) float32: the largest weight of a row, or part, becomes 127."""
+    pieces = []
     for some in weight.split(ROWS_AT_ONCE):
-        rows = turned(some.float(), turned_block)
-        scale = rows.abs().amax(dim=1).clamp(min=1e-10) / 127
-        parts.append(((rows / scale[:, None]).round().to(torch.int8), scale))
-    rounded, scales = zip(*parts, strict=True)
-    return torch.cat(rounded), torch.cat(scales)
+        rows = turned(some.float(), turned_block).unflatten(1, (num_parts, -1))  # (n, P, K / P)
+        scale = rows.abs().amax(dim=2).clamp(min=1e-10) / 127
+        pieces.append(((rows / scale[..., None]).round().to(torch.int8).flatten(1), scale))
+    rounded, scales = zip(*pieces, strict=True)
+    scale = torch.cat(scales)
+    return torch.cat(rounded), scale if num_parts > 1 else scale[:, 0]
+
+
+def num_parts(width: int) -> int:
+    """How many parts a row of an LLM's eight-bit weights has: of small LLMs, which lose more by rounding, about one for
+    each 256 inputs; all others one."""
+    block = block_of(width)
+    counts = [
+        count for count in range(1, width // LEAST_PART + 1) if width % count == 0 and width // count % block == 0
+    ]
+    return max(counts) if counts and width < LARGE else 1
 
 
 def to_int4(weight: Tensor, group_size: int = GROUP_SIZE, *, turned_block: int = 0) -> tuple[Tensor, Tensor]:
@@ -293,7 +324,9 @@ def quantize(network: Any, bits: Bits, *, group_size: int = GROUP_SIZE, rounds_i
             network.set_submodule(name, Int4Linear(rounded, scales, bias, turned_block=block))
             continue
         block = 0 if rounds_inputs else block_of(weight.shape[1])
-        rounded, scale = to_int8(weight, turned_block=block)
+        rounded, scale = to_int8(
+            weight, turned_block=block, num_parts=1 if rounds_inputs else num_parts(weight.shape[1])
+        )
         layer_of_int8 = Int8Linear(rounded, scale, bias, rounds_inputs=rounds_inputs, turned_block=block)
         network.set_submodule(name, layer_of_int8)
         if layer is head and words is not None and shares:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from blip2.errors import UserError
 from blip2.model.graphs.runtime import Runtime
-from blip2.model.quantized import Int4Linear, Int8Linear, to_int8
+from blip2.model.quantized import Int4Linear, Int8Linear, num_parts, to_int8
 from blip2.model.rotation import block_of, hadamard
 
 schema: Any = schema_py_generated  # made by a program, with types that its own functions do not keep to
@@ -54,6 +54,7 @@ OPTIONS = {  # what an operation is told, by the name of what it is told in
     "GELU": "GeluOptions",
     "MEAN": "ReducerOptions",
     "RESHAPE": "ReshapeOptions",
+    "SLICE": "SliceOptions",
     "SOFTMAX": "SoftmaxOptions",
     "TRANSPOSE": "TransposeOptions",
 }
@@ -190,6 +191,8 @@ class Signature:
             biases = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias.float() for layer in layers]
             bias = torch.cat(biases)
         x = self._turn(x, block, power)
+        if scale.dim() > 1 and bits == 8:
+            return self._product_in_parts(x, weight, scale, bias, relu=relu)
         at_once = max(1, LARGEST_WEIGHT * len(weight) // weight.nbytes)
         parts = []
         for begin in range(0, len(weight), at_once):
@@ -273,6 +276,21 @@ class Signature:
         definition.signatureKey, definition.subgraphIndex = self.name, place
         definition.inputs, definition.outputs = _named(self._inputs), _named(self._outputs)
         return definition
+
+    def _product_in_parts(self, x: int, weight: Tensor, scale: Tensor, bias: Tensor | None, *, relu: bool) -> int:
+        """Of rows whose parts have scales of their own (N, P): the sum of a product for each."""
+        count, result = scale.shape[1], -1
+        length = weight.shape[1] // count
+        for i, (part, one) in enumerate(zip(weight.chunk(count, dim=1), scale.unbind(dim=1), strict=True)):
+            begin, size = (
+                self.constant(torch.tensor(two, dtype=torch.int32)) for two in ((0, i * length), (-1, length))
+            )
+            inputs = self.step("SLICE", [x, begin, size], (-1, length))
+            bias_at = -1 if bias is None or i else self.constant(bias)
+            weight_at = self._weight(part.contiguous(), one.contiguous(), 8)
+            y = self._fully_connected(inputs, weight_at, len(weight), bias_at)
+            result = self.add(result, y) if i else y
+        return self.step("RELU", [result], self._shapes[result]) if relu else result
 
     def _side_by_side(self, parts: list[int]) -> int:
         return self.step("CONCATENATION", parts, (-1, sum(self._shapes[part][-1] for part in parts)), axis=1)
@@ -377,13 +395,14 @@ def _int4(layer: Int4Linear) -> tuple[Tensor, Tensor]:
 
 
 def _int8(layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
-    """(N, K) int8, turned but for an image encoder, and scales (N,) float32. Four-bit weights that were not turned have
-    eight here: they came from sixteen values a group, and would lose them."""
+    """(N, K) int8, turned but for an image encoder, and scales (N,) or (N, P) float32. Four-bit weights that were not
+    turned have eight here: they came from sixteen values a group, and would lose them."""
     if isinstance(layer, Int8Linear) and (layer.rounds_inputs or layer.turned_block):
         return layer.weight, layer.scale.float()
     block = 0 if layer.turned_block else block_of(layer.in_features)  # once
+    count = num_parts(layer.in_features)
     parts = [
-        to_int8(layer.dequantized(begin, begin + ROWS_AT_ONCE), turned_block=block)
+        to_int8(layer.dequantized(begin, begin + ROWS_AT_ONCE), turned_block=block, num_parts=count)
         for begin in range(0, layer.out_features, ROWS_AT_ONCE)
     ]
     weight, scale = zip(*parts, strict=True)
