@@ -9,6 +9,7 @@ norms, position embeddings) keeps its precision.
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -60,6 +61,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.rounds_inputs = rounds_inputs
         self.turned_block = turned_block
+        self._parts: list[Tensor] | None = None
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("bias", bias)
@@ -69,9 +71,11 @@ class Int8Linear(nn.Module):
         """(..., K) -> (..., N), in x's dtype."""
         refuse_gradient(x)
         rows = turned(x.reshape(-1, x.shape[-1]).float(), self.turned_block)  # (M, K)
-        y = torch.zeros(())
-        for inputs, weight, scale in zip(*self.parts(rows), strict=True):
-            y = y + int8_product(inputs, weight, scale, rounds_inputs=self.rounds_inputs)  # (M, N)
+        products = [
+            int8_product(inputs, weight, scale, rounds_inputs=self.rounds_inputs)
+            for inputs, weight, scale in zip(*self.parts(rows), strict=True)
+        ]
+        y = reduce(Tensor.add_, products)  # (M, N)
         if self.bias is not None:
             y = y.add_(self.bias)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
@@ -85,8 +89,11 @@ class Int8Linear(nn.Module):
         if self.scale.dim() == 1:
             return [rows], [self.weight], [self.scale]
         count = self.scale.shape[1]
-        weights = [part.contiguous() for part in self.weight.chunk(count, dim=1)]
-        return rows.chunk(count, dim=1), weights, self.scale.t().contiguous().unbind()
+        if (
+            self._parts is None or self._parts[0].device != self.weight.device
+        ):  # laid out once: a kernel needs whole rows
+            self._parts = [part.contiguous() for part in self.weight.chunk(count, dim=1)]
+        return rows.chunk(count, dim=1), self._parts, self.scale.t().contiguous().unbind()
 
     def turn_back(self) -> None:
         """Rounds the weights again as they were before they were turned; inputs are then taken as they are."""
@@ -237,8 +244,8 @@ def to_int8(weight: Tensor, *, turned_block: int = 0, num_parts: int = 1) -> tup
 
 
 def num_parts(width: int) -> int:
-    """How many parts a row of an LLM's eight-bit weights has: of small LLMs, which lose more by rounding, about one for
-    each 256 inputs; all others one."""
+    """How many parts a row of an LLM's eight-bit weights has: of small LLMs, which lose more by rounding, as many as
+    have 192 inputs or more; all others one."""
     block = block_of(width)
     counts = [
         count for count in range(1, width // LEAST_PART + 1) if width % count == 0 and width // count % block == 0

@@ -377,8 +377,12 @@ def _kind(layer: QuantizedLinear) -> tuple[int, int]:
     """Bits of a weight and inputs that are turned together, as the kernel has them."""
     if isinstance(layer, Int4Linear) and layer.turned_block and _has_like_scales(layer):
         return 4, layer.turned_block
-    keeps = isinstance(layer, Int8Linear) and (layer.rounds_inputs or layer.turned_block)
-    return 8, layer.turned_block if keeps else block_of(layer.in_features)
+    return 8, layer.turned_block if _is_stored_so(layer) else block_of(layer.in_features)
+
+
+def _is_stored_so(layer: QuantizedLinear) -> bool:
+    """Whether a layer's own eight bits are what the kernel has."""
+    return isinstance(layer, Int8Linear) and bool(layer.rounds_inputs or layer.turned_block)
 
 
 def _has_like_scales(layer: Int4Linear) -> bool:
@@ -397,7 +401,7 @@ def _int4(layer: Int4Linear) -> tuple[Tensor, Tensor]:
 def _int8(layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
     """(N, K) int8, turned but for an image encoder, and scales (N,) or (N, P) float32. Four-bit weights that were not
     turned have eight here: they came from sixteen values a group, and would lose them."""
-    if isinstance(layer, Int8Linear) and (layer.rounds_inputs or layer.turned_block):
+    if isinstance(layer, Int8Linear) and _is_stored_so(layer):
         return layer.weight, layer.scale.float()
     block = 0 if layer.turned_block else block_of(layer.in_features)  # once
     count = num_parts(layer.in_features)

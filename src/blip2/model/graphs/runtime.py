@@ -49,7 +49,7 @@ class Runtime:
         with _silent_stderr():
             self._model = CompiledModel.from_file(str(path), environment=_environment(), options=options)
             self._model.create_input_buffers(0)[0].write(np.zeros(1, np.float32))  # the first of a process tells
-        _let_go_of_pages(path)  # of what was laid out they are not read again
+        _let_go(_mapped(path))  # of what was laid out they are not read again
         self._shapes = shapes
         self._places = {name: self._model.get_signature_index(name) for name in shapes}
         found = {name: self._model.get_signature_by_index(place) for name, place in self._places.items()}
@@ -92,8 +92,7 @@ class Runtime:
         """Takes the weights out of this process's memory until they are used again, which costs little where the system
         still has them."""
         self._weights_at = self._weights_at or _mapped(self._laid_out)
-        for begin, length in self._weights_at:
-            _madvise(begin, length)
+        _let_go(self._weights_at)
 
     def _array(self, key: str, size: int) -> tuple[np.ndarray, TensorBuffer]:
         """Numbers that LiteRT reads or writes where they are, which signatures share; the last size of each is kept."""
@@ -143,12 +142,6 @@ def _silent_stderr() -> Iterator[None]:
             os.close(kept)
 
 
-def _let_go_of_pages(path: Path) -> None:
-    """Takes a file's pages out of this process's memory, where the system can: what is used is read again."""
-    for begin, length in _mapped(path):
-        _madvise(begin, length)
-
-
 def _mapped(path: Path) -> list[tuple[int, int]]:
     """Where a file's parts lie in memory, and their lengths; none where the system does not tell."""
     maps = Path("/proc/self/maps")
@@ -162,5 +155,7 @@ def _mapped(path: Path) -> list[tuple[int, int]]:
     return found
 
 
-def _madvise(begin: int, length: int) -> None:
-    ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+def _let_go(parts: list[tuple[int, int]]) -> None:
+    """Takes parts of a file out of this process's memory: what is used is read again."""
+    for begin, length in parts:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
