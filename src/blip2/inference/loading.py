@@ -229,6 +229,8 @@ class _Loader:
                 instruction_aware=settings.instruction_aware,
             )
         self._fill(model, "generation")
+        if language_model.reads_prefix_apart:  # the same numbers as others' are not asked of what was rounded
+            pack(model)
         if self.device.type == "cuda" and self.dtype == torch.bfloat16:
             model.to(self.dtype)
         model.language_model = language_model

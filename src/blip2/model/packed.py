@@ -1,7 +1,7 @@
-"""Linear layers of a frozen LLM as oneDNN wants their weights, for float32 on an x86 processor.
+"""Linear layers of what is not trained any more as oneDNN wants their weights, for float32 on an x86 processor.
 
 PyTorch's own product lays the weights out again each time it is called with more than one row, or reads them slowly:
-laid out once, two to eight rows take half of the time.
+laid out once, two to 128 rows take half of the time, and more rows gain a tenth.
 """
 
 from typing import Any
@@ -42,6 +42,10 @@ class PackedLinear(nn.Module):
         """The weight (N, K) as it was, a copy."""
         return self._packed.to_dense()
 
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight"] = self.unpacked()
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}"
 
@@ -52,7 +56,7 @@ def pack(network: Any) -> int:
     A matrix that is shared with the word embeddings is there twice afterwards.
 
     Args:
-        network: a Hugging Face model with its weights in memory.
+        network: a module with its weights in memory.
 
     Returns:
         How many layers were replaced.

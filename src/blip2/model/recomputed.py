@@ -68,7 +68,7 @@ def saves_memory(device: torch.device) -> bool:
 
 def gelu_linear(wide: Tensor, linear: nn.Linear) -> Tensor:
     """linear(GELU(wide)), (..., F) -> (..., D)."""
-    if saves_memory(wide.device):
+    if saves_memory(wide.device) and (wide.requires_grad or linear.weight.requires_grad):
         return _GeluLinear.apply(wide, linear.weight, linear.bias)
     return linear(F.gelu(wide))
 

@@ -4,6 +4,7 @@ transformers' model stays around them: embeddings, masks, the last norm. In plac
 
     first          states ─▶ queries, keys and values of layer 0
     layer i        what attention i gave, states ─▶ states, queries, keys and values of layer i + 1
+    word           all of it for a token of a single row (`words`)
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from blip2.model.graphs import words
 from blip2.model.graphs.attention import Heads, added, attend, causal, extended, in_heads, one_thread, refuse, rotated
 from blip2.model.graphs.graph import ModelFile, Signature
 from blip2.model.graphs.runtime import Runtime
@@ -62,6 +64,12 @@ class Layers(nn.Module):
         """
         refuse(hidden_states)
         num_rows, length, _ = hidden_states.shape
+        if num_rows == length == 1 and words.can_read(past_key_values):
+            with one_thread():
+                states = words.read(
+                    self.runtime, hidden_states[0].float(), past_key_values, attention_mask, position_embeddings
+                )
+            return states.to(hidden_states.dtype)[None]
         states, heads, mask = hidden_states.float().flatten(0, 1), self._heads, attention_mask
         if mask is None and length > 1:
             mask = causal(length, 0 if past_key_values is None else past_key_values.get_seq_length())
@@ -96,12 +104,14 @@ class DecoderOnly:
         heads: of a configuration.
         projected: (signature, layer, x) -> queries, keys and values side by side.
         rest: (signature, layer, attended, x) -> x; what follows attention.
+        turns: whether positions are told by turning queries and keys.
     """
 
     activation: tuple[str, str]
     heads: Callable[[Any], Heads]
     projected: Callable[[Signature, Any, int], int]
     rest: Callable[[Signature, Any, int, int], int]
+    turns: bool
 
     def fits(self, config: Any) -> bool:
         """Whether a configuration is one that `rest` can write down."""
@@ -118,6 +128,7 @@ class DecoderOnly:
         layers: Any = decoder.layers
         first = file.signature("first")
         first.output("projected", self.projected(first, layers[0], first.input("states", width)))
+        signatures = [first]
         for i, layer in enumerate(layers):
             signature = file.signature(f"layer {i}")
             attended, x = signature.input("attended", heads.num * heads.width), signature.input("states", width)
@@ -126,6 +137,8 @@ class DecoderOnly:
             if i + 1 < len(layers):
                 signature.output("projected", self.projected(signature, layers[i + 1], x))
             layers[i] = nn.Identity()
+            signatures.append(signature)
+        words.write(file, signatures, heads, turns=self.turns)
         together = Layers(heads, len(layers))
         decoder.layers = nn.ModuleList([together])
         return [together]
@@ -171,5 +184,5 @@ def _llama_heads(config: Any) -> Heads:
     return Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.head_dim**-0.5)
 
 
-OPT = DecoderOnly(("activation_function", "relu"), _opt_heads, _opt_projected, _opt_rest)
-LLAMA = DecoderOnly(("hidden_act", "silu"), _llama_heads, _llama_projected, _llama_rest)
+OPT = DecoderOnly(("activation_function", "relu"), _opt_heads, _opt_projected, _opt_rest, turns=False)
+LLAMA = DecoderOnly(("hidden_act", "silu"), _llama_heads, _llama_projected, _llama_rest, turns=True)

@@ -10,6 +10,7 @@ each row to eight bits with one scale and add integers up. So that one scale wil
 Source: https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs
 """
 
+import copy
 import shutil
 import tempfile
 from pathlib import Path
@@ -23,21 +24,20 @@ from torch import Tensor, nn
 
 from blip2.errors import UserError
 from blip2.model.graphs.runtime import Runtime
-from blip2.model.quantized import Int4Linear, Int8Linear, num_parts, to_int8
-from blip2.model.rotation import block_of, hadamard
+from blip2.model.graphs.weights import QuantizedLinear, kind_of, stored
+from blip2.model.quantized import Int4Linear
+from blip2.model.rotation import hadamard
 
 schema: Any = schema_py_generated  # made by a program, with types that its own functions do not keep to
 ALIGNED = 64  # bytes that a weight begins at a multiple of
 RESERVED = 256 << 20  # bytes before the first weight, for the description: a hole in the file
 MORE_ROOM = 1.1  # times the weights, that what is laid out of them takes
 LARGEST_WEIGHT = 32 << 20  # bytes; LiteRT keeps as much memory as the largest takes
+SPLITS = 4, 3, 2  # parts that XNNPACK makes at once
 SMALL = 1024  # bytes up to which a constant stands in the description itself
 FULLY_CONNECTED_VERSION = 13  # of the operation, with weights of four bits in groups
-SIGN = 0x88  # turns two numbers of 0..15 around 8 into signed ones of four bits
-LEAST_SCALE, LIKE = 2.0**-14, 2.0**-11  # that float16 holds without loss; of the largest, of one layer
+LEAST_SCALE = 2.0**-14  # that float16 holds without loss
 MUCH_LARGER = 8  # scales of another layer, which has a product of its own then
-ZEROS = 0x88  # two four-bit weights that are 0
-ROWS_AT_ONCE = 2048  # of a weight while it is turned: bounds the memory that takes
 
 KINDS = {
     np.dtype("float32"): schema.TensorType.FLOAT32,
@@ -56,10 +56,11 @@ OPTIONS = {  # what an operation is told, by the name of what it is told in
     "RESHAPE": "ReshapeOptions",
     "SLICE": "SliceOptions",
     "SOFTMAX": "SoftmaxOptions",
+    "SPLIT": "SplitOptions",
+    "SUM": "ReducerOptions",
     "TRANSPOSE": "TransposeOptions",
 }
 
-QuantizedLinear = Int4Linear | Int8Linear
 Shape = tuple[int, ...]
 
 
@@ -154,16 +155,21 @@ class Signature:
         self._operators: list[Any] = []
         self._inputs: dict[str, int] = {}
         self._outputs: dict[str, int] = {}
+        self._given: dict[str, int] = {}  # inputs and outputs in their own shape
+        self._results: dict[str, int] = {}
         self._widths: dict[str, int] = {}
         self._turned: dict[tuple[int, int, float], int] = {}
 
-    def input(self, name: str, width: int) -> int:
-        """Rows that are given."""
+    def input(self, name: str, width: int, shape: Shape = ()) -> int:
+        """Rows that are given, or numbers of another shape."""
         self._inputs[name], self._widths[name] = self._tensor((-1,)), width  # memory of the caller's has one dimension
-        return self.reshape(self._inputs[name], (-1, width))
+        flat = self._inputs[name]
+        self._given[name] = flat if shape == (-1,) else self.reshape(flat, shape or (-1, width))
+        return self._given[name]
 
     def output(self, name: str, x: int) -> None:
         """Gives a result a name to be fetched by."""
+        self._results[name] = x
         self._outputs[name], self._widths[name] = self.reshape(x, (-1,)), self._shapes[x][-1]
 
     def shapes(self) -> tuple[dict[str, int], dict[str, int]]:
@@ -171,17 +177,52 @@ class Signature:
         given, taken = ({name: self._widths[name] for name in of} for of in (self._inputs, self._outputs))
         return given, taken
 
+    def width(self, x: int) -> int:
+        """The last size of a result."""
+        return self._shapes[x][-1]
+
+    def include(self, other: "Signature", **given: int) -> dict[str, int]:
+        """Does what another signature of the file does, with the same weights.
+
+        Args:
+            given: for each of its inputs, rows of this one.
+
+        Returns:
+            What it gives, by name.
+        """
+        places = {other._given[name]: x for name, x in given.items()} | {-1: -1}
+        left_out = {*places, *other._outputs.values()}
+
+        def place(there: int) -> int:
+            if there not in places:
+                tensor = copy.copy(other._tensors[there])
+                if tensor.quantization is not None and tensor.quantization.details is not None:
+                    tensor.quantization = copy.copy(tensor.quantization)
+                    tensor.quantization.details = copy.copy(tensor.quantization.details)
+                    tensor.quantization.details.scales = place(tensor.quantization.details.scales)
+                places[there] = self._place(tensor, other._shapes[there])
+            return places[there]
+
+        for step in other._operators:
+            if step.outputs[0] not in left_out:
+                again = copy.copy(step)
+                again.inputs, again.outputs = (
+                    np.array([place(there) for there in ends], np.int32) for ends in (step.inputs, step.outputs)
+                )
+                self._operators.append(again)
+        return {name: places[x] for name, x in other._results.items()}
+
     # Steps
 
     def product(self, x: int, *layers: QuantizedLinear, relu: bool = False) -> int:
         """Through linear layers, whose results stand side by side."""
-        kinds = [_kind(layer) for layer in layers]
+        kinds = [kind_of(layer) for layer in layers]
         largest = [float(layer.scale_and_zero.max()) for layer in layers if isinstance(layer, Int4Linear)]
         if len(set(kinds)) > 1 or (len(largest) > 1 and max(largest) > MUCH_LARGER * min(largest)):
             return self._side_by_side([self.product(x, layer, relu=relu) for layer in layers])
         bits, block = kinds[0]
-        stored = [_int4(layer) if isinstance(layer, Int4Linear) and bits == 4 else _int8(layer) for layer in layers]
-        weight, scale = (torch.cat([one[i] for one in stored]) if len(stored) > 1 else stored[0][i] for i in range(2))
+        parts = [stored(layer, bits) for layer in layers]
+        weight, scale = (torch.cat([one[i] for one in parts]) if len(parts) > 1 else parts[0][i] for i in range(2))
         power = 1.0
         if bits == 4:
             power = float(2.0 ** -torch.frexp(scale.max()).exponent)
@@ -194,13 +235,13 @@ class Signature:
         if scale.dim() > 1 and bits == 8:
             return self._product_in_parts(x, weight, scale, bias, relu=relu)
         at_once = max(1, LARGEST_WEIGHT * len(weight) // weight.nbytes)
-        parts = []
+        pieces = []
         for begin in range(0, len(weight), at_once):
             some = slice(begin, begin + at_once)
             bias_at = -1 if bias is None else self.constant(bias[some])
             weight_at = self._weight(weight[some], scale[some], bits)
-            parts.append(self._fully_connected(x, weight_at, len(weight[some]), bias_at, relu=relu))
-        return parts[0] if len(parts) == 1 else self._side_by_side(parts)
+            pieces.append(self._fully_connected(x, weight_at, len(weight[some]), bias_at, relu=relu))
+        return pieces[0] if len(pieces) == 1 else self._side_by_side(pieces)
 
     def add(self, x: int, y: int) -> int:
         """The sum."""
@@ -209,6 +250,10 @@ class Signature:
     def multiply(self, x: int, y: int) -> int:
         """Number by number."""
         return self.step("MUL", [x, y], self._shapes[x])
+
+    def times(self, x: int, matrix: Tensor) -> int:
+        """Rows times a matrix (width before, width after), in float32."""
+        return self._fully_connected(x, self.constant(matrix.t().float()), matrix.shape[1])
 
     def silu(self, x: int) -> int:
         """x times its logistic function."""
@@ -247,6 +292,26 @@ class Signature:
         """Dimensions in another order."""
         return self.step("TRANSPOSE", [x, self.constant(torch.tensor(order, dtype=torch.int32))], shape)
 
+    def slice(self, x: int, begin: Shape, size: Shape) -> int:
+        """What lies from somewhere on. XNNPACK takes it where all sizes are told."""
+        told = [self.constant(torch.tensor(one, dtype=torch.int32)) for one in (begin, size)]
+        return self.step("SLICE", [x, *told], size)
+
+    def split(self, x: int, count: int) -> list[int]:
+        """Rows in so many parts of the same width."""
+        some = next((n for n in SPLITS if count % n == 0), count)
+        axis, width = self.constant(torch.tensor(1, dtype=torch.int32)), self._shapes[x][1] // some
+        parts = [self.step("SPLIT", [axis, x], (-1, width), numSplits=some)]
+        parts += [self._tensor((-1, width)) for _ in range(some - 1)]
+        self._operators[-1].outputs = np.array(parts, np.int32)
+        return parts if some == count else [piece for part in parts for piece in self.split(part, count // some)]
+
+    def sum(self, x: int, axis: int, *, keeps: bool = False) -> int:
+        """Over an axis, which is left out or has size 1 then."""
+        before, after = self._shapes[x][:axis], self._shapes[x][axis + 1 :]
+        over = self.constant(torch.tensor([axis], dtype=torch.int32))
+        return self.step("SUM", [x, over], (*before, 1, *after) if keeps else (*before, *after), keepDims=keeps)
+
     def step(self, kind: str, inputs: list[int], shape: Shape, **told: Any) -> int:
         """The result of any operation; -1 in its shape is what depends on how many rows there are."""
         operator, result = schema.OperatorT(), self._tensor(shape)
@@ -280,12 +345,8 @@ class Signature:
     def _product_in_parts(self, x: int, weight: Tensor, scale: Tensor, bias: Tensor | None, *, relu: bool) -> int:
         """Of rows whose parts have scales of their own (N, P): the sum of a product for each."""
         count, result = scale.shape[1], -1
-        length = weight.shape[1] // count
-        for i, (part, one) in enumerate(zip(weight.chunk(count, dim=1), scale.unbind(dim=1), strict=True)):
-            begin, size = (
-                self.constant(torch.tensor(two, dtype=torch.int32)) for two in ((0, i * length), (-1, length))
-            )
-            inputs = self.step("SLICE", [x, begin, size], (-1, length))
+        pieces = zip(self.split(x, count), weight.chunk(count, dim=1), scale.unbind(dim=1), strict=True)
+        for i, (inputs, part, one) in enumerate(pieces):
             bias_at = -1 if bias is None or i else self.constant(bias)
             weight_at = self._weight(part.contiguous(), one.contiguous(), 8)
             y = self._fully_connected(inputs, weight_at, len(weight), bias_at)
@@ -302,8 +363,7 @@ class Signature:
         key = x, block, power
         if key not in self._turned:
             width = self._shapes[x][-1]
-            matrix = self.constant(hadamard(block) / power)
-            rows = self._fully_connected(self.reshape(x, (-1, block)), matrix, block)
+            rows = self.times(self.reshape(x, (-1, block)), hadamard(block) / power)
             self._turned[key] = self.reshape(rows, (-1, width))
         return self._turned[key]
 
@@ -340,10 +400,14 @@ class Signature:
 
     def _tensor(self, shape: Shape, kind: int = schema.TensorType.FLOAT32, buffer: int = 0, told: Any = None) -> int:
         tensor = schema.TensorT()
-        tensor.name, tensor.type, tensor.buffer, tensor.quantization = f"t{len(self._tensors)}", kind, buffer, told
+        tensor.type, tensor.buffer, tensor.quantization = kind, buffer, told
         tensor.hasRank, tensor.shape = True, np.array([max(size, 1) for size in shape], np.int32)
         if -1 in shape:
             tensor.shapeSignature = np.array(shape, np.int32)
+        return self._place(tensor, shape)
+
+    def _place(self, tensor: Any, shape: Shape) -> int:
+        tensor.name = f"t{len(self._tensors)}"
         self._tensors.append(tensor)
         self._shapes.append(shape)
         return len(self._tensors) - 1
@@ -363,51 +427,3 @@ def _no_room(reason: str | None) -> UserError:
         f"Weights could not be laid out in a temporary file ({reason}). Up to three times what the quantised part has "
         "on disk is needed; the environment variable TMPDIR names another folder."
     )
-
-
-# Weights
-
-
-def can_take(layer: Any) -> bool:
-    """Whether a layer is one that `Signature.product` takes."""
-    return isinstance(layer, Int4Linear | Int8Linear)
-
-
-def _kind(layer: QuantizedLinear) -> tuple[int, int]:
-    """Bits of a weight and inputs that are turned together, as the kernel has them."""
-    if isinstance(layer, Int4Linear) and layer.turned_block and _has_like_scales(layer):
-        return 4, layer.turned_block
-    return 8, layer.turned_block if _is_stored_so(layer) else block_of(layer.in_features)
-
-
-def _is_stored_so(layer: QuantizedLinear) -> bool:
-    """Whether a layer's own eight bits are what the kernel has."""
-    return isinstance(layer, Int8Linear) and bool(layer.rounds_inputs or layer.turned_block)
-
-
-def _has_like_scales(layer: Int4Linear) -> bool:
-    """Whether LiteRT can have a layer's scales, in float16: none is much smaller than the largest, but of groups of
-    nothing but zeros."""
-    scale = layer.scale_and_zero[..., 0].t()  # (N, K / G)
-    is_small = scale < scale.max() * LIKE
-    return bool((layer.packed.unflatten(1, (-1, layer.group_size // 2))[is_small] == ZEROS).all())
-
-
-def _int4(layer: Int4Linear) -> tuple[Tensor, Tensor]:
-    """(N, K / 2) bytes of two signed weights, and scales (N, K / G) float32; the layer's zeros are 0."""
-    return layer.packed ^ SIGN, layer.scale_and_zero[..., 0].float().t().contiguous()
-
-
-def _int8(layer: QuantizedLinear) -> tuple[Tensor, Tensor]:
-    """(N, K) int8, turned but for an image encoder, and scales (N,) or (N, P) float32. Four-bit weights that were not
-    turned have eight here: they came from sixteen values a group, and would lose them."""
-    if isinstance(layer, Int8Linear) and _is_stored_so(layer):
-        return layer.weight, layer.scale.float()
-    block = 0 if layer.turned_block else block_of(layer.in_features)  # once
-    count = num_parts(layer.in_features)
-    parts = [
-        to_int8(layer.dequantized(begin, begin + ROWS_AT_ONCE), turned_block=block, num_parts=count)
-        for begin in range(0, layer.out_features, ROWS_AT_ONCE)
-    ]
-    weight, scale = zip(*parts, strict=True)
-    return torch.cat(weight), torch.cat(scale)

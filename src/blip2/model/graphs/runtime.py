@@ -10,10 +10,11 @@ import mmap
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -27,6 +28,8 @@ from torch import Tensor
 
 ROWS_AT_ONCE = 512  # of a product: bounds the memory for what lies between
 ALIGNED, FLOAT_BYTES = 64, 4
+
+NOTHING: Mapping[str, Tensor] = MappingProxyType({})
 
 _silence = threading.Lock()
 
@@ -55,26 +58,33 @@ class Runtime:
         found = {name: self._model.get_signature_by_index(place) for name, place in self._places.items()}
         self._order = {name: (one["inputs"], one["outputs"]) for name, one in found.items()}
         self._weights_at: list[tuple[int, int]] = []
-        self._num_rows: dict[str, int] = {}
+        self._sizes: dict[tuple[str, int], int] = {}
         self._arrays: dict[tuple[str, int], tuple[np.ndarray, TensorBuffer]] = {}
         self._lock = threading.Lock()
 
-    def run(self, name: str, **inputs: Tensor) -> list[Tensor]:
-        """The outputs (R, width) of a signature for inputs (R, width), float32, in the order they were named in."""
+    def run(self, name: str, held: Mapping[str, Tensor] = NOTHING, /, **inputs: Tensor) -> list[Tensor]:
+        """The outputs (R, width) of a signature for inputs (R, width), float32, in the order they were named in.
+
+        Args:
+            held: inputs in memory of their own, contiguous, that are read where they are.
+        """
         (num_rows,) = {len(x) for x in inputs.values()}
         (given, taken), (given_order, taken_order) = self._shapes[name], self._order[name]
         if num_rows == 0:
             return [torch.zeros(0, width) for width in taken.values()]
+        kept = {key: _memory(x) for key, x in held.items()}
         with self._lock:
-            if self._num_rows.get(name) != num_rows:
-                for key, width in given.items():
-                    self._model.resize_input_tensor_by_name(name, key, [num_rows * width])
-                self._num_rows[name] = num_rows
-            arguments = [self._array(f"{key} in", num_rows * given[key]) for key in given_order]
+            arguments = []
+            for i, key in enumerate(given_order):
+                array, buffer = kept[key] if key in kept else self._array(f"{key} in", num_rows * given[key])
+                if self._sizes.get((name, i)) != array.size:
+                    self._model.resize_input_tensor(i, [array.size], self._places[name])
+                    self._sizes[name, i] = array.size
+                if key in inputs:
+                    np.copyto(array.reshape(num_rows, -1), inputs[key].detach().numpy())
+                arguments.append(buffer)
             results = [self._array(f"{key} out", num_rows * taken[key]) for key in taken_order]
-            for key, (array, _) in zip(given_order, arguments, strict=True):
-                np.copyto(array.reshape(num_rows, -1), inputs[key].detach().numpy())
-            self._model.run_by_index(self._places[name], [one[1] for one in arguments], [one[1] for one in results])
+            self._model.run_by_index(self._places[name], arguments, [one[1] for one in results])
             found = {
                 key: array.reshape(num_rows, -1).copy() for key, (array, _) in zip(taken_order, results, strict=True)
             }
@@ -102,6 +112,15 @@ class Runtime:
             array = _aligned(size)
             found = self._arrays[key, size] = array, TensorBuffer.create_from_host_memory(array)
         return found
+
+
+def _memory(x: Tensor) -> tuple[np.ndarray, TensorBuffer]:
+    """A tensor's numbers where they are, or a copy that LiteRT can read."""
+    array = x.detach().numpy().reshape(-1)
+    if array.ctypes.data % ALIGNED:
+        array, there = _aligned(array.size), array
+        np.copyto(array, there)
+    return array, TensorBuffer.create_from_host_memory(array)
 
 
 def _aligned(size: int) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from blip2.model.graphs.attention import one_thread, refuse
 from blip2.model.graphs.decoders import LLAMA, OPT
-from blip2.model.graphs.graph import ModelFile, can_take
+from blip2.model.graphs.graph import ModelFile
 from blip2.model.graphs.runtime import Runtime
 from blip2.model.graphs.t5 import T5
 from blip2.model.graphs.towers import TAKEN, take_over_tower
@@ -69,8 +69,7 @@ def take_over(network: Any) -> bool:
     family = FAMILIES.get(type(network).__name__)
     if family is None or not family.fits(network.config):
         return False
-    kinds = nn.Linear | Int4Linear | Int8Linear
-    if not all(can_take(layer) for layer in network.modules() if isinstance(layer, kinds)):
+    if any(isinstance(layer, nn.Linear) for layer in network.modules()):
         return False
     file = ModelFile()
     made = family.write(network, file)
