@@ -66,7 +66,7 @@ def float_inputs(layer):
 def product(layer):
     """A layer that the library computes."""
     file = ModelFile()
-    alone = Product(layer, file, "alone")
+    alone = Product(layer, file.signature("alone"))
     alone.runtime = file.runtime()
     return alone
 

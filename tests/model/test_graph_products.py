@@ -168,7 +168,7 @@ def test_the_library_says_nothing_of_its_own(tmp_path):
         "import torch, sys; from torch import nn\n"
         "from blip2.model.graphs.graph import ModelFile; from blip2.model.graphs.taking_over import Product\n"
         "from blip2.model.quantized import Int8Linear, to_int8\n"
-        "file = ModelFile(); layer = Product(Int8Linear(*to_int8(torch.ones(4, 16)), None), file, 'one')\n"
+        "file = ModelFile(); layer = Product(Int8Linear(*to_int8(torch.ones(4, 16)), None), file.signature('one'))\n"
         "layer.runtime = file.runtime(); print(float(layer(torch.ones(1, 16))[0, 0])); sys.stderr.write('heard')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)

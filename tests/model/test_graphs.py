@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from blip2.errors import UserError
+from blip2.model.graphs.decoders import Layers
 from blip2.model.graphs.taking_over import take_over
 from blip2.model.language import DecoderLM, EncoderDecoderLM
 from blip2.model.quantized import Int4Linear, Int8Embedding, Int8Linear, quantize, to_int4
@@ -91,7 +92,10 @@ def language_models(make, bits="int4", layer_of=RoundedRows):
     kind = EncoderDecoderLM if network.config.is_encoder_decoder else DecoderLM
     expected = kind(whole(network, layer_of), stop_ids=[1], pad_id=0)
     assert take_over(network)
-    return expected, kind(network, stop_ids=[1], pad_id=0)
+    language_model = kind(network, stop_ids=[1], pad_id=0)
+    layers = next((part for part in network.modules() if isinstance(part, Layers)), None)
+    language_model.replay = layers and layers.words
+    return expected, language_model
 
 
 @pytest.fixture
@@ -113,6 +117,22 @@ def test_what_is_read_and_written_is_what_the_layers_would(visual_prompt, make, 
         logits.append((torch.stack([first, *steps]), losses))
     near(logits[1][0], logits[0][0], EXACT)
     near(logits[1][1], logits[0][1], EXACT)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("make", [family for family in FAMILIES if not family.__name__.startswith("_t5")])
+def test_words_of_a_single_row_are_what_the_layers_would_say(visual_prompt, make, bits):
+    """In one pass of all layers, where the LLM can: with padding before it, and past the room there is at first."""
+    logits = []
+    for language_model in language_models(make, bits):
+        visual = visual_prompt[:1, :, : language_model.width]
+        reading, first = language_model.start(visual, IDS[:1], MASK[:1])
+        logits.append(
+            torch.stack([first, *(language_model.step(reading, torch.tensor([3 + i % 9])) for i in range(70))])
+        )
+    takes = make is not _opt_of_narrow_words
+    assert (language_model.replay is not None and language_model.replay.takes(reading)) == takes
+    near(logits[1], logits[0], EXACT)
 
 
 @pytest.mark.parametrize("make", [_opt, _llama_of_shared_heads, _t5])

@@ -10,7 +10,7 @@ are computed only there. Generation pads prompts between the visual prompt and t
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,18 @@ def _in_one_piece(head: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tenso
     return (arguments[0].contiguous(), *arguments[1:])
 
 
+class Steps(Protocol):
+    """Reads the next token of rows in the place of an LLM: `Replay`, or `graphs.words.Words`."""
+
+    def takes(self, reading: Reading) -> bool:
+        """Whether it can go on from there."""
+        ...
+
+    def logits(self, reading: Reading, token_ids: Tensor) -> Tensor:
+        """Logits (B, V) float32 after the tokens (B,); the reading's mask counts them already."""
+        ...
+
+
 class _FrozenLM(nn.Module):
     """What both kinds share: frozen weights that stay in evaluation mode, embeddings and width.
 
@@ -42,6 +54,7 @@ class _FrozenLM(nn.Module):
             it does when it knows it already. Where inputs are rounded to eight bits, how many rows are read together
             changes what is said; so a question has one answer, whether the picture is new or not.
         attends_apart: layers that read both together to the same end (`graphs.decoders.Layers`), where there are any.
+        replay: what reads a token in the model's place, where there is something that does.
     """
 
     model: Any  # a Hugging Face model, whose methods are found at run time
@@ -58,7 +71,7 @@ class _FrozenLM(nn.Module):
         taken = inspect.signature(self.model.forward).parameters
         self._takes_positions = "position_ids" in taken
         self._takes_logits_to_keep = "logits_to_keep" in taken
-        self.replay: Replay | None = None
+        self.replay: Steps | None = None
         self.drafter: Drafter | None = None
         self._recorded: Recorded | None = None
         self.reads_prefix_apart = False

@@ -11,23 +11,30 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from blip2.model.graphs import words
 from blip2.model.graphs.attention import Heads, added, attend, causal, extended, in_heads, one_thread, refuse, rotated
 from blip2.model.graphs.graph import ModelFile, Signature
 from blip2.model.graphs.runtime import Runtime
+from blip2.model.graphs.words import Words
+from blip2.model.graphs.words import write as write_words
 
 
 class Layers(nn.Module):
-    """All layers of a decoder, in the place of one; see the module's docstring. It cannot be copied."""
+    """All layers of a decoder, in the place of one; see the module's docstring. It cannot be copied.
 
-    def __init__(self, heads: Heads, num_layers: int) -> None:
+    Attributes:
+        words: what reads a token of a single row in the place of transformers' model, if it can.
+    """
+
+    def __init__(self, heads: Heads, num_layers: int, words: Words | None) -> None:
         super().__init__()
         self.runtime: Runtime  # once the file is complete
+        self.words = words
         self._heads = heads
         self._num_layers = num_layers
         self._apart: ContextVar[int] = ContextVar("num_apart", default=0)
@@ -64,12 +71,6 @@ class Layers(nn.Module):
         """
         refuse(hidden_states)
         num_rows, length, _ = hidden_states.shape
-        if num_rows == length == 1 and words.can_read(past_key_values):
-            with one_thread():
-                states = words.read(
-                    self.runtime, hidden_states[0].float(), past_key_values, attention_mask, position_embeddings
-                )
-            return states.to(hidden_states.dtype)[None]
         states, heads, mask = hidden_states.float().flatten(0, 1), self._heads, attention_mask
         if mask is None and length > 1:
             mask = causal(length, 0 if past_key_values is None else past_key_values.get_seq_length())
@@ -104,6 +105,9 @@ class DecoderOnly:
         heads: of a configuration.
         projected: (signature, layer, x) -> queries, keys and values side by side.
         rest: (signature, layer, attended, x) -> x; what follows attention.
+        start: (decoder, token ids (1,), position) -> the first states (1, D), as "states", and the turn of the
+            position, as `Words` takes it.
+        last_norm: (signature, decoder, x) -> x; what follows the layers.
         turns: whether positions are told by turning queries and keys.
     """
 
@@ -111,6 +115,8 @@ class DecoderOnly:
     heads: Callable[[Any], Heads]
     projected: Callable[[Signature, Any, int], int]
     rest: Callable[[Signature, Any, int, int], int]
+    start: Callable[[Any, Tensor, int], dict[str, Tensor]]
+    last_norm: Callable[[Signature, Any, int], int]
     turns: bool
 
     def fits(self, config: Any) -> bool:
@@ -118,8 +124,13 @@ class DecoderOnly:
         setting, wanted = self.activation
         return getattr(config, setting) == wanted
 
-    def write(self, network: Any, file: ModelFile) -> list[Any]:
+    def write(self, network: Any, file: ModelFile, vocabulary: Signature) -> list[Any]:
         """Uses the layers up one by one, which frees what they held.
+
+        Args:
+            network: the LLM.
+            file: where it is written down.
+            vocabulary: the product that makes logits of the last states.
 
         Returns:
             What needs the runtime that the file makes.
@@ -138,10 +149,15 @@ class DecoderOnly:
                 signature.output("projected", self.projected(signature, layers[i + 1], x))
             layers[i] = nn.Identity()
             signatures.append(signature)
-        words.write(file, signatures, heads, turns=self.turns)
-        together = Layers(heads, len(layers))
+        words = None
+        if getattr(decoder, "project_out", None) is None:
+            words = Words(partial(self.start, decoder))
+            write_words(
+                file, signatures, heads, lambda word, x: self.last_norm(word, decoder, x), vocabulary, turns=self.turns
+            )
+        together = Layers(heads, len(layers), words)
         decoder.layers = nn.ModuleList([together])
-        return [together]
+        return [together] if words is None else [together, words]
 
 
 # Families
@@ -162,6 +178,16 @@ def _opt_rest(signature: Signature, layer: Any, attended: int, x: int) -> int:
     return x if first else signature.layer_norm(x, norm)
 
 
+def _opt_start(decoder: Any, token_ids: Tensor, position: int) -> dict[str, Tensor]:
+    states, places = decoder.embed_tokens(token_ids).float(), decoder.embed_positions
+    states = states if decoder.project_in is None else decoder.project_in(states)
+    return {"states": states + places.weight[position + places.offset].float()}
+
+
+def _opt_last_norm(signature: Signature, decoder: Any, x: int) -> int:
+    return x if decoder.final_layer_norm is None else signature.layer_norm(x, decoder.final_layer_norm)
+
+
 def _llama_projected(signature: Signature, layer: Any, x: int) -> int:
     own = layer.self_attn
     return signature.product(signature.rms_norm(x, layer.input_layernorm), own.q_proj, own.k_proj, own.v_proj)
@@ -175,6 +201,16 @@ def _llama_rest(signature: Signature, layer: Any, attended: int, x: int) -> int:
     return signature.add(x, signature.product(opened, layer.mlp.down_proj))
 
 
+def _llama_start(decoder: Any, token_ids: Tensor, position: int) -> dict[str, Tensor]:
+    states = decoder.embed_tokens(token_ids).float()
+    cosines, sines = decoder.rotary_emb(states, torch.tensor([[position]]))
+    return {"states": states, "cosines": cosines[0], "sines": sines[0]}
+
+
+def _llama_last_norm(signature: Signature, decoder: Any, x: int) -> int:
+    return signature.rms_norm(x, decoder.norm)
+
+
 def _opt_heads(config: Any) -> Heads:
     width = config.hidden_size // config.num_attention_heads
     return Heads(config.num_attention_heads, config.num_attention_heads, width, width**-0.5)
@@ -184,5 +220,15 @@ def _llama_heads(config: Any) -> Heads:
     return Heads(config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.head_dim**-0.5)
 
 
-OPT = DecoderOnly(("activation_function", "relu"), _opt_heads, _opt_projected, _opt_rest, turns=False)
-LLAMA = DecoderOnly(("hidden_act", "silu"), _llama_heads, _llama_projected, _llama_rest, turns=True)
+OPT = DecoderOnly(
+    ("activation_function", "relu"), _opt_heads, _opt_projected, _opt_rest, _opt_start, _opt_last_norm, turns=False
+)
+LLAMA = DecoderOnly(
+    ("hidden_act", "silu"),
+    _llama_heads,
+    _llama_projected,
+    _llama_rest,
+    _llama_start,
+    _llama_last_norm,
+    turns=True,
+)

@@ -26,7 +26,7 @@ class T5:
         """Whether the MLP is gated, with the usual GELU."""
         return config.is_gated_act and config.dense_act_fn == "gelu_new"
 
-    def write(self, network: Any, file: ModelFile) -> list[Any]:
+    def write(self, network: Any, file: ModelFile, vocabulary: Signature) -> list[Any]:
         """As `DecoderOnly.write`."""
         config = network.config
         heads = Heads(config.num_heads, config.num_heads, config.d_kv, 1.0)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from blip2.model.graphs.attention import one_thread, refuse
 from blip2.model.graphs.decoders import LLAMA, OPT
-from blip2.model.graphs.graph import ModelFile
+from blip2.model.graphs.graph import ModelFile, Signature
 from blip2.model.graphs.runtime import Runtime
 from blip2.model.graphs.t5 import T5
 from blip2.model.graphs.towers import TAKEN, take_over_tower
@@ -24,7 +24,7 @@ class Family(Protocol):
         """Whether a configuration is one that can be."""
         ...
 
-    def write(self, network: Any, file: ModelFile) -> list[Any]:
+    def write(self, network: Any, file: ModelFile, vocabulary: Signature) -> list[Any]:
         """Writes the layers down and puts others in their place, which it gives back: they lack their `runtime`."""
         ...
 
@@ -39,12 +39,11 @@ FAMILIES: dict[str, Family] = {
 class Product(nn.Module):
     """A quantised linear layer whose product is a signature's."""
 
-    def __init__(self, layer: Int4Linear | Int8Linear, file: ModelFile, name: str) -> None:
+    def __init__(self, layer: Int4Linear | Int8Linear, signature: Signature) -> None:
         super().__init__()
         self.runtime: Runtime  # once the file is complete
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._name = name
-        signature = file.signature(name)
+        self._name = signature.name
         signature.output("y", signature.product(signature.input("x", layer.in_features), layer))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,10 +71,11 @@ def take_over(network: Any) -> bool:
     if any(isinstance(layer, nn.Linear) for layer in network.modules()):
         return False
     file = ModelFile()
-    made = family.write(network, file)
-    made.append(Product(network.get_output_embeddings(), file, "vocabulary"))
-    network.set_output_embeddings(made[-1])
+    vocabulary = file.signature("vocabulary")
+    product = Product(network.get_output_embeddings(), vocabulary)
+    network.set_output_embeddings(product)
+    made = family.write(network, file, vocabulary)
     runtime = file.runtime()
-    for one in made:
+    for one in (product, *made):
         one.runtime = runtime
     return True

@@ -1,25 +1,73 @@
-"""A token of a single row through all layers of a decoder at once, attention in them.
+"""A token of a single row through all of a decoder at once, attention and the vocabulary in it.
 
 Keys and values of what was read before are read where a cache has them, in buffers with room (`RoomyLayer`): their
 size changes once in some tens of tokens.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from blip2.model.graphs.attention import CLOSED, Heads, added
+from blip2.model.graphs.attention import CLOSED, Heads, one_thread
 from blip2.model.graphs.graph import ModelFile, Signature
 from blip2.model.graphs.runtime import Runtime
 from blip2.model.key_values import RoomyLayer
+from blip2.model.reading import Reading
 
 
-def write(file: ModelFile, signatures: list[Signature], heads: Heads, *, turns: bool) -> None:
+class Words:
+    """Reads a token of a single row in the place of transformers' model; see the module's docstring.
+
+    Args:
+        start: (token ids (1,), position) -> states (1, D), and cosines and sines (1, Dh) of the position, if queries
+            and keys are turned by it.
+    """
+
+    runtime: Runtime  # once the file is complete
+
+    def __init__(self, start: Callable[[Tensor, int], dict[str, Tensor]]) -> None:
+        self._start = start
+
+    def takes(self, reading: Reading) -> bool:
+        """Whether a reading is a single row, with something in buffers with room."""
+        if len(reading.mask) != 1 or reading.encoded is not None or reading.cache is None:
+            return False
+        return all(isinstance(layer, RoomyLayer) and layer.get_seq_length() for layer in reading.cache.layers)
+
+    def logits(self, reading: Reading, token_ids: Tensor) -> Tensor:
+        """Logits (1, V) float32 after a token (1,), which the reading's mask counts already."""
+        layers: list[RoomyLayer] = reading.cache.layers
+        length = layers[0].get_seq_length()
+        held = {}
+        for i, layer in enumerate(layers):
+            held[f"keys {i}"], held[f"values {i}"] = layer.reserve(length + 1)
+        seen = torch.full((held["keys 0"].shape[2],), CLOSED)
+        seen[:length].masked_fill_(reading.mask[0, :length].bool(), 0.0)
+        with one_thread():
+            given = self._start(token_ids, int(reading.mask.sum()) - 1)
+            *new, logits = self.runtime.run("word", {**held, "seen": seen}, **given)
+        for i, layer in enumerate(layers):
+            key, value = (one.view(1, -1, 1, held["keys 0"].shape[3]) for one in new[2 * i : 2 * i + 2])
+            layer.update(key, value)
+        return logits
+
+
+def write(
+    file: ModelFile,
+    signatures: list[Signature],
+    heads: Heads,
+    end: Callable[[Signature, int], int],
+    vocabulary: Signature,
+    *,
+    turns: bool,
+) -> None:
     """Writes the signature "word" down.
 
     Args:
         signatures: what comes before the first attention, and what comes after each.
+        end: (signature, states) -> what the product with the vocabulary is given.
+        vocabulary: that product.
         turns: whether queries and keys are turned by their positions.
     """
     word, shared, width = file.signature("word"), heads.num_shared, heads.width
@@ -36,39 +84,7 @@ def write(file: ModelFile, signatures: list[Signature], heads: Heads, *, turns: 
         attended = _attended(word, (query, key, value), keys, values, seen, heads)
         x = found["states"] if i else x
         found = word.include(signature, attended=attended, states=x)
-    word.output("states", found["states"])
-
-
-def can_read(cache: Any) -> bool:
-    """Whether a cache holds something, in buffers with room."""
-    layers = [] if cache is None else cache.layers
-    return bool(layers) and all(isinstance(layer, RoomyLayer) and layer.get_seq_length() for layer in layers)
-
-
-def read(
-    runtime: Runtime, states: Tensor, cache: Any, mask: Tensor | None, turning: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """A token's states (1, D) after all layers.
-
-    Args:
-        states: (1, D) float32.
-        cache: L positions of a single row, in a cache that `can_read` says yes to; takes the new one in.
-        mask: (1, 1, 1, L + 1), true or 0 where a position may be seen; None: all.
-        turning: cosines and sines (1, 1, Dh).
-    """
-    layers: list[RoomyLayer] = cache.layers
-    length = layers[0].get_seq_length()
-    held = {}
-    for i, layer in enumerate(layers):
-        held[f"keys {i}"], held[f"values {i}"] = layer.reserve(length + 1)
-    seen = torch.full((held["keys 0"].shape[2],), CLOSED)
-    seen[:length] = 0.0 if mask is None else added(mask)[0, 0, 0, :length]
-    given = {} if turning is None else dict(zip(("cosines", "sines"), (one[0].float() for one in turning), strict=True))
-    *new, states = runtime.run("word", {**held, "seen": seen}, states=states, **given)
-    for i, layer in enumerate(layers):
-        key, value = (one.view(1, -1, 1, held["keys 0"].shape[3]) for one in new[2 * i : 2 * i + 2])
-        layer.update(key, value)
-    return states
+    word.output("logits", word.include(vocabulary, x=end(word, found["states"]))["y"])
 
 
 def _split(word: Signature, projected: int, heads: Heads) -> list[int]:
