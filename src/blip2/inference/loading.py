@@ -255,8 +255,9 @@ class _Loader:
         tokenizer = LanguageTokenizer(hf_tokenizer, prompt_padding=padding)
         language_model = wrap_language_model(network, tokenizer, stop=self.settings.stop)
         language_model.reads_prefix_apart = rounds_inputs
-        layers = next((part for part in network.modules() if hasattr(part, "apart")), None)
-        language_model.attends_apart, language_model.replay = layers, getattr(layers, "words", None)
+        parts: list[Any] = list(network.modules())
+        language_model.attends_apart = next((part for part in parts if hasattr(part, "apart")), None)
+        language_model.replay = next((part.words for part in parts if hasattr(part, "words")), None)
         if self.device_map is None:
             language_model.to(self.device)
             if self.device.type == "cuda":

@@ -177,9 +177,9 @@ class Signature:
         given, taken = ({name: self._widths[name] for name in of} for of in (self._inputs, self._outputs))
         return given, taken
 
-    def width(self, x: int) -> int:
-        """The last size of a result."""
-        return self._shapes[x][-1]
+    def shape(self, x: int) -> Shape:
+        """Of a result; -1 where it depends on how many rows there are."""
+        return self._shapes[x]
 
     def include(self, other: "Signature", **given: int) -> dict[str, int]:
         """Does what another signature of the file does, with the same weights.

@@ -6,17 +6,23 @@ encoded i          what the encoder gave ─▶ keys and values of decoder layer
 decoder first      as of the encoder
 crossing i         what attention i to itself gave, states ─▶ states, queries to what the encoder gave
 decoder i          what attention i to that gave, states ─▶ states, queries, keys and values of layer i + 1
+word               all of the decoder and the vocabulary for a token of a single row (`words`)
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from blip2.model.graphs.attention import Heads, added, attend, causal, extended, in_heads, one_thread, refuse
 from blip2.model.graphs.graph import ModelFile, Signature
 from blip2.model.graphs.runtime import Runtime
+from blip2.model.graphs.words import Words, attend_on, attend_to, split
 from blip2.model.key_values import RoomyLayer
+from blip2.model.reading import Reading
 
 
 class T5:
@@ -30,16 +36,19 @@ class T5:
         """As `DecoderOnly.write`."""
         config = network.config
         heads = Heads(config.num_heads, config.num_heads, config.d_kv, 1.0)
-        made: list[Any] = []
-        for stack, kind in ((network.encoder, _EncoderLayers), (network.decoder, _DecoderLayers)):
-            biases = stack.block[0].layer[0].SelfAttention
-            write = _write_encoder if kind is _EncoderLayers else _write_decoder
-            write(file, stack.block, heads, config.d_model)
-            made.append(kind(heads, biases, len(stack.block)))
-            stack.block = nn.ModuleList(made[-1:])
+        stacks = network.encoder, network.decoder
+        biases = [stack.block[0].layer[0].SelfAttention for stack in stacks]
+        _write_encoder(file, network.encoder.block, heads, config.d_model)
+        signatures = _write_decoder(file, network.decoder.block, heads, config.d_model)
+        _write_word(file, signatures, heads, biases[1], partial(_end, network), vocabulary)
+        counts = [len(stack.block) for stack in stacks]
+        encoder, decoder = _EncoderLayers(heads, biases[0], counts[0]), _DecoderLayers(heads, biases[1], counts[1])
+        decoder.words = _Words(partial(_start, network.decoder), biases[1], counts[1])
+        for stack, layers, own in zip(stacks, (encoder, decoder), biases, strict=True):
+            stack.block = nn.ModuleList([layers])
             for name in ("q", "k", "v", "o"):  # only the biases of positions are still asked of it
-                delattr(biases, name)
-        return made
+                delattr(own, name)
+        return [encoder, decoder, decoder.words]
 
 
 class _Layers(nn.Module):
@@ -88,6 +97,8 @@ class _EncoderLayers(_Layers):
 
 
 class _DecoderLayers(_Layers):
+    words: Words
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -144,6 +155,28 @@ class _DecoderLayers(_Layers):
         return encoded
 
 
+class _Words(Words):
+    """Of a decoder that attends to what an encoder gave as well."""
+
+    def __init__(self, start: Callable[[Tensor, int], dict[str, Tensor]], biases: Any, num_layers: int) -> None:
+        super().__init__(start)
+        self._biases = biases
+        self._num_layers = num_layers  # a cache is as deep as the encoder, which may be deeper
+
+    def own_layers(self, reading: Reading) -> list[Any]:
+        return reading.cache.self_attention_cache.layers[: self._num_layers]
+
+    def held(self, reading: Reading, length: int, room: int) -> dict[str, Tensor]:
+        assert reading.encoded is not None
+        held = super().held(reading, length, room)
+        bias = self._biases.compute_bias(1, length + 1, past_seen_tokens=length)[0, :, 0, :length]
+        held["seen"] = F.pad(bias.float(), (0, room - length)) + held["seen"]  # (H, S)
+        held["encoded seen"] = added(reading.encoded.mask[0].bool())
+        for i, layer in enumerate(reading.cache.cross_attention_cache.layers[: self._num_layers]):
+            held[f"encoded keys {i}"], held[f"encoded values {i}"] = layer.keys.contiguous(), layer.values.contiguous()
+        return held
+
+
 def _as(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     """What float16 cannot hold becomes the largest that it can, as in transformers' layers."""
     if dtype == torch.float16:
@@ -179,9 +212,11 @@ def _write_encoder(file: ModelFile, layers: Any, heads: Heads, width: int) -> No
         layers[i] = nn.Identity()
 
 
-def _write_decoder(file: ModelFile, layers: Any, heads: Heads, width: int) -> None:
+def _write_decoder(file: ModelFile, layers: Any, heads: Heads, width: int) -> list[Signature]:
+    """Gives what computes a token's states, in their order."""
     first = file.signature("decoder first")
     first.output("projected", _projected(first, layers[0].layer[0], first.input("states", width)))
+    signatures = [first]
     for i, layer in enumerate(layers):
         own, cross, mlp = layer.layer
         attention, once = cross.EncDecAttention, file.signature(f"encoded {i}")
@@ -199,3 +234,44 @@ def _write_decoder(file: ModelFile, layers: Any, heads: Heads, width: int) -> No
         if i + 1 < len(layers):
             rest.output("projected", _projected(rest, layers[i + 1].layer[0], x))
         layers[i] = nn.Identity()
+        signatures += [crossing, rest]
+    return signatures
+
+
+def _write_word(
+    file: ModelFile,
+    signatures: list[Signature],
+    heads: Heads,
+    biases: Any,
+    end: Callable[[Signature, int], int],
+    vocabulary: Signature,
+) -> None:
+    """As `words.write`, with attention to what the encoder gave."""
+    word, width = file.signature("word"), heads.width
+    x = word.input("states", signatures[0].shapes()[0]["states"])
+    seen, encoded_seen = word.input("seen", 1, (heads.num, 1, -1)), word.input("encoded seen", 1, (-1,))
+    of_itself = word.constant(biases.compute_bias(1, 1)[0].float())  # (H, 1, 1)
+    found = word.include(signatures[0], states=x)
+    for i, (crossing, rest) in enumerate(zip(signatures[1::2], signatures[2::2], strict=True)):
+        query, key, value = split(word, found["projected"], heads)
+        attended = attend_on(word, i, (query, key, value), seen, heads, of_itself)
+        found = word.include(crossing, attended=attended, states=found["states"] if i else x)
+        query = word.reshape(found["query"], (heads.num, 1, 1, width))
+        keys, values = (
+            word.input(f"encoded {name} {i}", width, (heads.num, 1, -1, width)) for name in ("keys", "values")
+        )
+        attended, _ = attend_to(word, query, keys, values, encoded_seen)
+        attended = word.reshape(attended, (-1, heads.widths[0]))
+        found = word.include(rest, attended=attended, states=found["states"])
+    word.output("logits", word.include(vocabulary, x=end(word, found["states"]))["y"])
+
+
+def _start(stack: Any, token_ids: Tensor, position: int) -> dict[str, Tensor]:
+    return {"states": stack.embed_tokens(token_ids).float()}
+
+
+def _end(network: Any, signature: Signature, x: int) -> int:
+    x = signature.rms_norm(x, network.decoder.final_layer_norm)
+    if network.config.scale_decoder_outputs:
+        x = signature.multiply(x, signature.constant(torch.tensor([network.model_dim**-0.5])))
+    return x

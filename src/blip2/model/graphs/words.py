@@ -5,6 +5,7 @@ size changes once in some tens of tokens.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,26 +32,36 @@ class Words:
 
     def takes(self, reading: Reading) -> bool:
         """Whether a reading is a single row, with something in buffers with room."""
-        if len(reading.mask) != 1 or reading.encoded is not None or reading.cache is None:
+        if len(reading.mask) != 1 or reading.cache is None:
             return False
-        return all(isinstance(layer, RoomyLayer) and layer.get_seq_length() for layer in reading.cache.layers)
+        return all(isinstance(layer, RoomyLayer) and layer.get_seq_length() for layer in self.own_layers(reading))
 
     def logits(self, reading: Reading, token_ids: Tensor) -> Tensor:
         """Logits (1, V) float32 after a token (1,), which the reading's mask counts already."""
-        layers: list[RoomyLayer] = reading.cache.layers
+        layers = self.own_layers(reading)
         length = layers[0].get_seq_length()
         held = {}
         for i, layer in enumerate(layers):
             held[f"keys {i}"], held[f"values {i}"] = layer.reserve(length + 1)
-        seen = torch.full((held["keys 0"].shape[2],), CLOSED)
-        seen[:length].masked_fill_(reading.mask[0, :length].bool(), 0.0)
+        room, width = held["keys 0"].shape[2:]
         with one_thread():
+            held |= self.held(reading, length, room)
             given = self._start(token_ids, int(reading.mask.sum()) - 1)
-            *new, logits = self.runtime.run("word", {**held, "seen": seen}, **given)
+            *new, logits = self.runtime.run("word", held, **given)
         for i, layer in enumerate(layers):
-            key, value = (one.view(1, -1, 1, held["keys 0"].shape[3]) for one in new[2 * i : 2 * i + 2])
+            key, value = (one.view(1, -1, 1, width) for one in new[2 * i : 2 * i + 2])
             layer.update(key, value)
         return logits
+
+    def own_layers(self, reading: Reading) -> list[Any]:
+        """What is kept for the attention to what was written."""
+        return reading.cache.layers
+
+    def held(self, reading: Reading, length: int, room: int) -> dict[str, Tensor]:
+        """What else is held: what is added to the scores of buffers, of which so many places are filled."""
+        seen = torch.full((room,), CLOSED)
+        seen[:length].masked_fill_(reading.mask[0, :length].bool(), 0.0)
+        return {"seen": seen}
 
 
 def write(
@@ -70,24 +81,22 @@ def write(
         vocabulary: that product.
         turns: whether queries and keys are turned by their positions.
     """
-    word, shared, width = file.signature("word"), heads.num_shared, heads.width
+    word = file.signature("word")
     x = word.input("states", signatures[0].shapes()[0]["states"])
     seen = word.input("seen", 1, (-1,))
-    turning = [word.input(name, width) for name in ("cosines", "sines")] if turns else []
+    turning = [word.input(name, heads.width) for name in ("cosines", "sines")] if turns else []
     found = word.include(signatures[0], states=x)
     for i, signature in enumerate(signatures[1:]):
-        query, key, value = _split(word, found["projected"], heads)
+        query, key, value = split(word, found["projected"], heads)
         query, key = (_turned(word, part, turning) for part in (query, key))
-        for name, new in ((f"key {i}", key), (f"value {i}", value)):
-            word.output(name, word.reshape(new, (-1, shared * width)))
-        keys, values = (word.input(f"{name} {i}", width, (shared, 1, -1, width)) for name in ("keys", "values"))
-        attended = _attended(word, (query, key, value), keys, values, seen, heads)
+        scale = word.constant(torch.tensor([heads.scale]))
+        attended = attend_on(word, i, (word.multiply(query, scale), key, value), seen, heads)
         x = found["states"] if i else x
         found = word.include(signature, attended=attended, states=x)
     word.output("logits", word.include(vocabulary, x=end(word, found["states"]))["y"])
 
 
-def _split(word: Signature, projected: int, heads: Heads) -> list[int]:
+def split(word: Signature, projected: int, heads: Heads) -> list[int]:
     """Queries, keys and values (H, Dh) each."""
     parts, begin = [], 0
     for size in heads.widths:
@@ -96,33 +105,48 @@ def _split(word: Signature, projected: int, heads: Heads) -> list[int]:
     return parts
 
 
-def _turned(word: Signature, x: int, turning: list[int]) -> int:
-    """(H, Dh) by its position, as `attention.rotated`."""
-    if not turning:
-        return x
-    (cosines, sines), width = turning, word.width(x)
-    half = torch.eye(width // 2)
-    nothing = torch.zeros_like(half)
-    swapped = word.times(x, torch.cat([torch.cat([nothing, half], dim=1), torch.cat([-half, nothing], dim=1)]))
-    return word.add(word.multiply(x, cosines), word.multiply(swapped, sines))
+def attend_on(
+    word: Signature, layer: int, new: tuple[int, int, int], seen: int, heads: Heads, of_itself: int | None = None
+) -> int:
+    """(1, H * Dh) of a new token over itself and what was written, of a cache's layer, which takes it in.
 
-
-def _attended(word: Signature, new: tuple[int, int, int], keys: int, values: int, seen: int, heads: Heads) -> int:
-    """(1, H * Dh) of the new token's query, key and value (H or Hkv, Dh) and what is known (Hkv, 1, S, Dh). Sums of
-    products take less time here than matrix products, which lay keys and values out anew."""
-    shared, width = heads.num_shared, heads.width
-    group = heads.num // shared
-    scale = word.constant(torch.tensor([heads.scale]))
-    query = word.reshape(word.multiply(new[0], scale), (shared, group, 1, width))
+    Args:
+        new: its queries, times the scale, and keys and values (H or Hkv, Dh).
+        seen: what is added to the scores of what was written.
+        of_itself: to its own, (H, 1, 1).
+    """
+    shared, group, width = heads.num_shared, heads.num // heads.num_shared, heads.width
+    for name, one in ((f"key {layer}", new[1]), (f"value {layer}", new[2])):
+        word.output(name, word.reshape(one, (-1, shared * width)))
+    query = word.reshape(new[0], (shared, group, 1, width))
     key, value = (word.reshape(one, (shared, 1, 1, width)) for one in new[1:])
-    of_known = word.sum(word.step("MUL", [keys, query], (shared, group, -1, width)), 3)
-    of_known = word.step("ADD", [of_known, seen], (shared, group, -1))
+    keys, values = (word.input(f"{name} {layer}", width, (shared, 1, -1, width)) for name in ("keys", "values"))
+    known, of_known = attend_to(word, query, keys, values, seen)
     of_new = word.sum(word.multiply(query, key), 3)  # (Hkv, G, 1)
-    among_known = word.reshape(word.step("SOFTMAX", [of_known], (shared, group, -1), beta=1.0), (shared, group, -1, 1))
-    known = word.step("MUL", [among_known, values], (shared, group, -1, width))
-    known = word.sum(known, 2, keeps=True)
+    of_new = of_new if of_itself is None else word.add(of_new, of_itself)
     scores = word.step("CONCATENATION", [of_new, of_known], (shared, group, -1), axis=2)
     among_all = word.step("SOFTMAX", [scores], (shared, group, -1), beta=1.0)
     share = word.reshape(word.slice(among_all, (0, 0, 0), (shared, group, 1)), (shared, group, 1, 1))
     towards = word.multiply(word.step("SUB", [value, known], (shared, group, 1, width)), share)
     return word.reshape(word.add(known, towards), (-1, heads.num * width))
+
+
+def attend_to(word: Signature, query: int, keys: int, values: int, seen: int) -> tuple[int, int]:
+    """What queries (Hkv, G, 1, Dh) find in keys and values (Hkv, 1, S, Dh), of the queries' shape; and their scores
+    (Hkv, G, S). Sums of products take less time here than matrix products, which lay keys and values out anew."""
+    shared, group, _, width = word.shape(query)
+    scores = word.sum(word.step("MUL", [keys, query], (shared, group, -1, width)), 3)
+    scores = word.step("ADD", [scores, seen], (shared, group, -1))
+    weights = word.reshape(word.step("SOFTMAX", [scores], (shared, group, -1), beta=1.0), (shared, group, -1, 1))
+    return word.sum(word.step("MUL", [weights, values], (shared, group, -1, width)), 2, keeps=True), scores
+
+
+def _turned(word: Signature, x: int, turning: list[int]) -> int:
+    """(H, Dh) by its position, as `attention.rotated`."""
+    if not turning:
+        return x
+    (cosines, sines), width = turning, word.shape(x)[-1]
+    half = torch.eye(width // 2)
+    nothing = torch.zeros_like(half)
+    swapped = word.times(x, torch.cat([torch.cat([nothing, half], dim=1), torch.cat([-half, nothing], dim=1)]))
+    return word.add(word.multiply(x, cosines), word.multiply(swapped, sines))
