@@ -78,9 +78,9 @@ FAMILIES += [_opt_of_narrow_words, _t5_with_a_head_of_its_own]
 def quantized(make, bits="int4"):
     torch.manual_seed(0)
     network = make().eval().requires_grad_(False)
-    for weight in network.parameters():
+    for name, weight in network.named_parameters():
         if weight.dim() > 1:
-            weight.normal_(0, 0.1)
+            weight.normal_(0, 2.0 if "relative_attention_bias" in name else 0.1)
     quantize(network, bits, group_size=32)
     return network
 
