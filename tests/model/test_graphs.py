@@ -1,8 +1,10 @@
 """A quantised LLM whose layers are graphs reads and writes as the same weights do in transformers' layers."""
 
 import copy
+import gc
 import tempfile
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -286,3 +288,17 @@ def test_half_precision_does_not_overflow():
     assert take_over(network)
     states, _, _ = network.encoder.block[0](torch.randn(1, 4, WIDTH).half(), None, None)
     assert states.dtype == torch.float16 and float(states.abs().max()) == torch.finfo(torch.float16).max
+
+
+@pytest.mark.parametrize("make", [_opt, _llama, _t5])
+def test_what_is_laid_out_goes_with_the_network(make):
+    """At once, and not when Python next looks for cycles: it is gigabytes, on disk too."""
+    language_model = language_models(make)[1]
+    runtime = weakref.ref(next(part.runtime for part in language_model.model.modules() if hasattr(part, "runtime")))
+    gc.collect()
+    gc.disable()
+    try:
+        del language_model
+        assert runtime() is None
+    finally:
+        gc.enable()

@@ -29,7 +29,7 @@ class PackedLinear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach(), ROWS)
+        self._pack(layer.weight)
         self.weight = torch.empty_like(layer.weight, device="meta", requires_grad=False)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
 
@@ -41,6 +41,37 @@ class PackedLinear(nn.Module):
     def unpacked(self) -> Tensor:
         """The weight (N, K) as it was, a copy."""
         return self._packed.to_dense()
+
+    def _pack(self, weight: Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedLinear":
+        plain = nn.Linear(self.in_features, self.out_features, bias=False)
+        plain.weight = nn.Parameter(self.unpacked(), requires_grad=False)
+        again = PackedLinear(plain)
+        again.bias = None if self.bias is None else self.bias.clone()
+        return again
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name = f"{prefix}weight"
+        weight = state_dict.pop(name, None)
+        told = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, *told)
+        if weight is None:
+            missing_keys.append(name)
+        elif weight.shape != self.weight.shape:
+            error_msgs.append(f"{name} has shape {tuple(weight.shape)} and should have {tuple(self.weight.shape)}.")
+        else:
+            self._pack(weight)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from blip2.model.graphs.attention import Heads, added, attend, causal, extended, in_heads, one_thread, refuse, rotated
 from blip2.model.graphs.graph import ModelFile, Signature
 from blip2.model.graphs.runtime import Runtime
-from blip2.model.graphs.words import Words
+from blip2.model.graphs.words import Start, Words
 from blip2.model.graphs.words import write as write_words
 
 
@@ -115,7 +114,7 @@ class DecoderOnly:
     heads: Callable[[Any], Heads]
     projected: Callable[[Signature, Any, int], int]
     rest: Callable[[Signature, Any, int, int], int]
-    start: Callable[[Any, Tensor, int], dict[str, Tensor]]
+    start: Start
     last_norm: Callable[[Signature, Any, int], int]
     turns: bool
 
@@ -151,7 +150,7 @@ class DecoderOnly:
             signatures.append(signature)
         words = None
         if getattr(decoder, "project_out", None) is None:
-            words = Words(partial(self.start, decoder))
+            words = Words(decoder, self.start)
             write_words(
                 file, signatures, heads, lambda word, x: self.last_norm(word, decoder, x), vocabulary, turns=self.turns
             )

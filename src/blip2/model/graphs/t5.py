@@ -43,7 +43,7 @@ class T5:
         _write_word(file, signatures, heads, biases[1], partial(_end, network), vocabulary)
         counts = [len(stack.block) for stack in stacks]
         encoder, decoder = _EncoderLayers(heads, biases[0], counts[0]), _DecoderLayers(heads, biases[1], counts[1])
-        decoder.words = _Words(partial(_start, network.decoder), biases[1], counts[1])
+        decoder.words = _Words(network.decoder, biases[1], counts[1])
         for stack, layers, own in zip(stacks, (encoder, decoder), biases, strict=True):
             stack.block = nn.ModuleList([layers])
             for name in ("q", "k", "v", "o"):  # only the biases of positions are still asked of it
@@ -158,8 +158,8 @@ class _DecoderLayers(_Layers):
 class _Words(Words):
     """Of a decoder that attends to what an encoder gave as well."""
 
-    def __init__(self, start: Callable[[Tensor, int], dict[str, Tensor]], biases: Any, num_layers: int) -> None:
-        super().__init__(start)
+    def __init__(self, decoder: Any, biases: Any, num_layers: int) -> None:
+        super().__init__(decoder, _start)
         self._biases = biases
         self._num_layers = num_layers  # a cache is as deep as the encoder, which may be deeper
 

@@ -4,6 +4,7 @@ Keys and values of what was read before are read where a cache has them, in buff
 size changes once in some tens of tokens.
 """
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,18 +17,22 @@ from blip2.model.graphs.runtime import Runtime
 from blip2.model.key_values import RoomyLayer
 from blip2.model.reading import Reading
 
+Start = Callable[[Any, Tensor, int], dict[str, Tensor]]
+
 
 class Words:
     """Reads a token of a single row in the place of transformers' model; see the module's docstring.
 
     Args:
-        start: (token ids (1,), position) -> states (1, D), and cosines and sines (1, Dh) of the position, if queries
-            and keys are turned by it.
+        decoder: what holds the layers; its memory goes when nobody else has it any more.
+        start: (decoder, token ids (1,), position) -> states (1, D), and cosines and sines (1, Dh) of the position, if
+            queries and keys are turned by it.
     """
 
     runtime: Runtime  # once the file is complete
 
-    def __init__(self, start: Callable[[Tensor, int], dict[str, Tensor]]) -> None:
+    def __init__(self, decoder: Any, start: Start) -> None:
+        self._decoder = weakref.ref(decoder)
         self._start = start
 
     def takes(self, reading: Reading) -> bool:
@@ -46,7 +51,7 @@ class Words:
         room, width = held["keys 0"].shape[2:]
         with one_thread():
             held |= self.held(reading, length, room)
-            given = self._start(token_ids, int(reading.mask.sum()) - 1)
+            given = self._start(self._decoder(), token_ids, int(reading.mask.sum()) - 1)
             *new, logits = self.runtime.run("word", held, **given)
         for i, layer in enumerate(layers):
             key, value = (one.view(1, -1, 1, width) for one in new[2 * i : 2 * i + 2])
@@ -133,11 +138,23 @@ def attend_on(
 
 def attend_to(word: Signature, query: int, keys: int, values: int, seen: int) -> tuple[int, int]:
     """What queries (Hkv, G, 1, Dh) find in keys and values (Hkv, 1, S, Dh), of the queries' shape; and their scores
-    (Hkv, G, S). Sums of products take less time here than matrix products, which lay keys and values out anew."""
+    (Hkv, G, S). Sums of products take less time than matrix products, which lay keys and values out anew, unless
+    several queries share them."""
     shared, group, _, width = word.shape(query)
-    scores = word.sum(word.step("MUL", [keys, query], (shared, group, -1, width)), 3)
-    scores = word.step("ADD", [scores, seen], (shared, group, -1))
-    weights = word.reshape(word.step("SOFTMAX", [scores], (shared, group, -1), beta=1.0), (shared, group, -1, 1))
+    if group > 1:
+        keys, values = (word.reshape(one, (1, shared, -1, width)) for one in (keys, values))
+        query = word.reshape(query, (1, shared, group, width))
+        scores = word.step("BATCH_MATMUL", [query, keys], (1, shared, group, -1), adjY=True)
+        scores = word.reshape(word.step("ADD", [scores, seen], (1, shared, group, -1)), (shared, group, -1))
+    else:
+        scores = word.sum(word.step("MUL", [keys, query], (shared, group, -1, width)), 3)
+        scores = word.step("ADD", [scores, seen], (shared, group, -1))
+    weights = word.step("SOFTMAX", [scores], (shared, group, -1), beta=1.0)
+    if group > 1:
+        weights = word.reshape(weights, (1, shared, group, -1))
+        found = word.step("BATCH_MATMUL", [weights, values], (1, shared, group, width))
+        return word.reshape(found, (shared, group, 1, width)), scores
+    weights = word.reshape(weights, (shared, group, -1, 1))
     return word.sum(word.step("MUL", [weights, values], (shared, group, -1, width)), 2, keeps=True), scores
 
 
