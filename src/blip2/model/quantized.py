@@ -89,9 +89,8 @@ class Int8Linear(nn.Module):
         if self.scale.dim() == 1:
             return [rows], [self.weight], [self.scale]
         count = self.scale.shape[1]
-        if (
-            self._parts is None or self._parts[0].device != self.weight.device
-        ):  # laid out once: a kernel needs whole rows
+        # Laid out once: a kernel needs whole rows.
+        if self._parts is None or self._parts[0].device != self.weight.device:
             self._parts = [part.contiguous() for part in self.weight.chunk(count, dim=1)]
         return rows.chunk(count, dim=1), self._parts, self.scale.t().contiguous().unbind()
 

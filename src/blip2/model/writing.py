@@ -175,9 +175,7 @@ def _drawn(logits: Tensor, rows: Sequence[Row], decoding: Decoding, stop_ids: Se
     scores = _processed(logits, written, [len(row.token_ids) for row in rows], decoding, stop_ids)
     if decoding.do_sample:
         return torch.multinomial(scores.softmax(dim=-1), num_samples=1)[:, 0]
-    if (
-        scores.device.type == "cpu"
-    ):  # without PyTorch's threads, which would spin where a quantised LLM's are to compute
+    if scores.device.type == "cpu":  # PyTorch's threads would spin on, where those of a quantised LLM are to compute
         return torch.from_numpy(scores.numpy().argmax(axis=-1))
     return scores.argmax(dim=-1)
 

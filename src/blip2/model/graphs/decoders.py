@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from blip2.model.graphs.attention import Heads, added, attend, causal, extended, in_heads, one_thread, refuse, rotated
 from blip2.model.graphs.graph import ModelFile, Signature
 from blip2.model.graphs.runtime import Runtime
-from blip2.model.graphs.words import Start, Words
-from blip2.model.graphs.words import write as write_words
+from blip2.model.graphs.words import Start, Words, write_word
 
 
 class Layers(nn.Module):
@@ -151,7 +150,7 @@ class DecoderOnly:
         words = None
         if getattr(decoder, "project_out", None) is None:
             words = Words(decoder, self.start)
-            write_words(
+            write_word(
                 file, signatures, heads, lambda word, x: self.last_norm(word, decoder, x), vocabulary, turns=self.turns
             )
         together = Layers(heads, len(layers), words)

@@ -246,7 +246,7 @@ def _write_word(
     end: Callable[[Signature, int], int],
     vocabulary: Signature,
 ) -> None:
-    """As `words.write`, with attention to what the encoder gave."""
+    """As `words.write_word`, with attention to what the encoder gave."""
     word, width = file.signature("word"), heads.width
     x = word.input("states", signatures[0].shapes()[0]["states"])
     seen, encoded_seen = word.input("seen", 1, (heads.num, 1, -1)), word.input("encoded seen", 1, (-1,))

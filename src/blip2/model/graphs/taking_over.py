@@ -14,7 +14,7 @@ from blip2.model.graphs.graph import ModelFile, Signature
 from blip2.model.graphs.runtime import Runtime
 from blip2.model.graphs.t5 import T5
 from blip2.model.graphs.towers import TAKEN, take_over_tower
-from blip2.model.quantized import Int4Linear, Int8Linear
+from blip2.model.graphs.weights import QuantizedLinear
 
 
 class Family(Protocol):
@@ -39,7 +39,7 @@ FAMILIES: dict[str, Family] = {
 class Product(nn.Module):
     """A quantised linear layer whose product is a signature's."""
 
-    def __init__(self, layer: Int4Linear | Int8Linear, signature: Signature) -> None:
+    def __init__(self, layer: QuantizedLinear, signature: Signature) -> None:
         super().__init__()
         self.runtime: Runtime  # once the file is complete
         self.in_features, self.out_features = layer.in_features, layer.out_features

@@ -69,7 +69,7 @@ class Words:
         return {"seen": seen}
 
 
-def write(
+def write_word(
     file: ModelFile,
     signatures: list[Signature],
     heads: Heads,
@@ -90,11 +90,11 @@ def write(
     x = word.input("states", signatures[0].shapes()[0]["states"])
     seen = word.input("seen", 1, (-1,))
     turning = [word.input(name, heads.width) for name in ("cosines", "sines")] if turns else []
+    scale = word.constant(torch.tensor([heads.scale]))
     found = word.include(signatures[0], states=x)
     for i, signature in enumerate(signatures[1:]):
         query, key, value = split(word, found["projected"], heads)
         query, key = (_turned(word, part, turning) for part in (query, key))
-        scale = word.constant(torch.tensor([heads.scale]))
         attended = attend_on(word, i, (word.multiply(query, scale), key, value), seen, heads)
         x = found["states"] if i else x
         found = word.include(signature, attended=attended, states=x)
@@ -145,17 +145,14 @@ def attend_to(word: Signature, query: int, keys: int, values: int, seen: int) ->
         keys, values = (word.reshape(one, (1, shared, -1, width)) for one in (keys, values))
         query = word.reshape(query, (1, shared, group, width))
         scores = word.step("BATCH_MATMUL", [query, keys], (1, shared, group, -1), adjY=True)
-        scores = word.reshape(word.step("ADD", [scores, seen], (1, shared, group, -1)), (shared, group, -1))
-    else:
-        scores = word.sum(word.step("MUL", [keys, query], (shared, group, -1, width)), 3)
-        scores = word.step("ADD", [scores, seen], (shared, group, -1))
-    weights = word.step("SOFTMAX", [scores], (shared, group, -1), beta=1.0)
-    if group > 1:
-        weights = word.reshape(weights, (1, shared, group, -1))
+        scores = word.step("ADD", [scores, seen], (1, shared, group, -1))
+        weights = word.step("SOFTMAX", [scores], (1, shared, group, -1), beta=1.0)
         found = word.step("BATCH_MATMUL", [weights, values], (1, shared, group, width))
-        return word.reshape(found, (shared, group, 1, width)), scores
-    weights = word.reshape(weights, (shared, group, -1, 1))
-    return word.sum(word.step("MUL", [weights, values], (shared, group, -1, width)), 2, keeps=True), scores
+        return word.reshape(found, (shared, group, 1, width)), word.reshape(scores, (shared, group, -1))
+    scores = word.sum(word.step("MUL", [keys, query], (shared, 1, -1, width)), 3)
+    scores = word.step("ADD", [scores, seen], (shared, 1, -1))
+    weights = word.reshape(word.step("SOFTMAX", [scores], (shared, 1, -1), beta=1.0), (shared, 1, -1, 1))
+    return word.sum(word.step("MUL", [weights, values], (shared, 1, -1, width)), 2, keeps=True), scores
 
 
 def _turned(word: Signature, x: int, turning: list[int]) -> int:
