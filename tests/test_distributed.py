@@ -1,10 +1,17 @@
 """What ranks tell each other: rows arrive in order, and their gradients find the way back."""
 
+import datetime
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import on_ranks
 
 from blip2 import distributed
+from blip2.errors import UserError
 
 RANKS, ROWS, WIDTH = 3, 4, 5
 
@@ -99,3 +106,42 @@ def test_alone_everything_is_ones_own():
     assert distributed.gather_with_gradient(rows) is rows
     assert torch.equal(distributed.fetch_rows(rows, torch.tensor([2, 0])), rows[[2, 0]])
     assert (distributed.rank(), distributed.world_size(), distributed.is_first()) == (0, 1, True)
+
+
+@pytest.mark.parametrize("late", range(3))
+def test_ranks_that_are_started_again_meet_each_other_and_not_the_dead(late):
+    store = dist.HashStore()
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(RANKS) as pool:
+            ranks = [pool.submit(_come, store, rank, 0.2 * (rank == late)) for rank in range(RANKS)]
+            names.append({rank.result() for rank in ranks})
+    assert all(len(name) == 1 for name in names)
+    assert len(set.union(*names)) == 3
+
+
+def _come(store: dist.Store, rank: int, after: float) -> str:
+    time.sleep(after)
+    return distributed.meet(store, rank, RANKS)
+
+
+def test_a_rank_that_died_before_it_met_the_others_holds_nobody_up():
+    store = dist.HashStore()
+    gone = threading.Thread(target=_lost, args=(store,))
+    gone.start()
+    gone.join()
+    with ThreadPoolExecutor(RANKS) as pool:
+        assert len(set(pool.map(lambda rank: distributed.meet(store, rank, RANKS), range(RANKS)))) == 1
+
+
+def _lost(store: dist.Store) -> None:
+    with pytest.raises(UserError):
+        distributed.meet(store, 2, RANKS, datetime.timedelta(milliseconds=50))
+
+
+def test_ranks_that_wait_in_vain_say_for_whom():
+    soon = datetime.timedelta(milliseconds=50)
+    with pytest.raises(UserError, match=r"Of the 3 ranks, \[1, 2\] did not come"):
+        distributed.meet(dist.HashStore(), 0, RANKS, soon)
+    with pytest.raises(UserError, match="Rank 2 waited for rank 0"):
+        distributed.meet(dist.HashStore(), 2, RANKS, soon)

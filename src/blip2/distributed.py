@@ -10,6 +10,8 @@ computes what one process with the whole batch computes.
 import datetime
 import os
 import sys
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,10 +19,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from blip2.errors import UserError
 
 PATIENCE = datetime.timedelta(hours=2)  # of a collective: one rank may be evaluating or loading; hangs are watched for
+MEETING = datetime.timedelta(minutes=10)  # until all ranks must have come, from the start of one
+SEE_ABOVE = "What went wrong there stands in its own output."
+LOOKS_EVERY = 0.02  # seconds, the first rank for the others
 
 
 def rank() -> int:
@@ -48,17 +55,59 @@ def joined() -> Iterator[None]:
     """Inside, this process is one of those that torchrun started together; alone, nothing happens.
 
     With GPUs each rank takes the one of its LOCAL_RANK, and they speak NCCL (and gloo about what lies on the CPU).
+
+    Raises:
+        UserError: not all ranks came within MEETING.
     """
     if not is_launched() or dist.is_initialized():
         yield
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    store, rank, size = next(rendezvous("env://", timeout=MEETING))
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        store=PrefixStore(meet(store, rank, size), store),
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
+    )
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def meet(store: Store, rank: int, size: int, patience: datetime.timedelta = MEETING) -> str:
+    """A name that all ranks of this start have in common, and no other start has.
+
+    After a failure torchrun starts all ranks again with the store of before, in which the addresses of the dead still
+    stand; who read one would wait for it. Starts cannot be counted either: each machine's torchrun counts its own
+    failures (https://github.com/pytorch/pytorch/issues/135712). So each process makes up a name, and the first rank
+    answers names, not ranks, with its own, until every rank has said that it has that one.
+
+    Raises:
+        UserError: not all ranks came in time.
+    """
+    mine, here = uuid.uuid4().hex, f"rank {rank}"
+    if rank:
+        store.set(here, mine)
+        try:
+            store.wait([mine], patience)
+        except dist.DistError:
+            raise UserError(f"Rank {rank} waited for rank 0 for {patience}, in vain. {SEE_ABOVE}") from None
+        name = store.get(mine).decode()
+        store.set(f"{name} {here}", "")
+        return name
+    others, deadline = range(1, size), time.monotonic() + patience.total_seconds()
+    while missing := [other for other in others if not store.check([f"{mine} rank {other}"])]:
+        for other in missing:
+            if store.check([f"rank {other}"]):
+                store.set(store.get(f"rank {other}").decode(), mine)
+        if time.monotonic() > deadline:
+            raise UserError(f"Of the {size} ranks, {missing} did not come within {patience}. {SEE_ABOVE}")
+        time.sleep(LOOKS_EVERY)
+    return mine
 
 
 def launch_again(processes: int) -> None:
