@@ -1,6 +1,6 @@
 # make setup     everything that is needed, into .venv; quick the second time, and then without network
 # make demo      see the embedded model at work on real pictures
-# make test      the tests; make test-all adds the slow proofs
+# make test      the tests, two files at once (make test AT_ONCE=4); make test-all adds the slow proofs, one by one
 # make lint      style, types, structure, spelling
 # make bench     measure the embedded model on the open set (about half an hour on two cores)
 # make docs      write what is made from the code: the reference of commands
@@ -9,6 +9,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+AT_ONCE ?= 2
+# so many files of tests at once; threads that wait leave the cores to others
+TESTS = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(AT_ONCE) --dist loadfile
 
 .PHONY: setup demo test test-all lint bench docs clean
 
@@ -26,7 +29,7 @@ demo: setup
 	$(BIN)/blip2 demo --out demo-output
 
 test: setup
-	$(BIN)/python -m pytest
+	$(TESTS)
 
 test-all: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[serve,train,data,finetune,dev,clients]'

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -102,6 +103,21 @@ def test_a_package_is_fetched_once(server, listed):
     assert server.ranges == [None]
 
 
+def test_two_who_want_a_package_at_once_fetch_it_once(server, listed, monkeypatch):
+    listed()
+    slow, receive = threading.Event(), registry._receive
+
+    def received(*arguments) -> None:
+        slow.wait(0.2)
+        receive(*arguments)
+
+    monkeypatch.setattr(registry, "_receive", received)
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: registry.fetch("thing"), range(4)))
+    assert {path.read_bytes() for path in paths} == {CONTENTS}
+    assert server.ranges == [None]
+
+
 def test_a_download_that_broke_off_goes_on_where_it_stopped(server, listed):
     listed()
     partial().parent.mkdir(parents=True)
@@ -137,7 +153,7 @@ def test_other_contents_are_refused_and_removed(listed, came):
     package = listed(came, expected=CONTENTS)
     with pytest.raises(DownloadFailed, match=f"not {package.sha256}.*Run the command again"):
         registry.fetch("thing")
-    assert list(paths.packages_dir().iterdir()) == []
+    assert [path.name for path in paths.packages_dir().iterdir()] == ["thing.bin.lock"]
 
 
 def test_a_file_put_there_by_hand_needs_no_network(server, listed):

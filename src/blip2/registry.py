@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 from blip2 import paths
 from blip2.errors import BadData, DownloadFailed
 
@@ -299,8 +301,10 @@ def _download(key: str, package: Package, path: Path, progress: Progress | None)
     reason = ""
     for _ in range(TRIES):
         try:
-            _receive(key, package, _address(package), partial, progress)
-            os.replace(partial, path)
+            with FileLock(f"{path}.lock"):  # two commands may begin at once
+                if not path.is_file():
+                    _receive(key, package, _address(package), partial, progress)
+                    os.replace(partial, path)
             return
         except (OSError, urllib.error.URLError, ValueError) as error:
             reason = str(getattr(error, "reason", "") or error) or type(error).__name__
