@@ -10,8 +10,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 AT_ONCE ?= 2
-# so many files of tests at once; threads that wait leave the cores to others
-TESTS = OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(AT_ONCE) --dist loadfile
 
 .PHONY: setup demo test test-all lint bench docs clean
 
@@ -29,7 +27,7 @@ demo: setup
 	$(BIN)/blip2 demo --out demo-output
 
 test: setup
-	$(TESTS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(AT_ONCE) --dist loadfile
 
 test-all: setup
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[serve,train,data,finetune,dev,clients]'

@@ -1,7 +1,6 @@
 """What ranks tell each other: rows arrive in order, and their gradients find the way back."""
 
 import datetime
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -127,16 +126,10 @@ def _come(store: dist.Store, rank: int, after: float) -> str:
 
 def test_a_rank_that_died_before_it_met_the_others_holds_nobody_up():
     store = dist.HashStore()
-    gone = threading.Thread(target=_lost, args=(store,))
-    gone.start()
-    gone.join()
-    with ThreadPoolExecutor(RANKS) as pool:
-        assert len(set(pool.map(lambda rank: distributed.meet(store, rank, RANKS), range(RANKS)))) == 1
-
-
-def _lost(store: dist.Store) -> None:
     with pytest.raises(UserError):
         distributed.meet(store, 2, RANKS, datetime.timedelta(milliseconds=50))
+    with ThreadPoolExecutor(RANKS) as pool:
+        assert len(set(pool.map(lambda rank: distributed.meet(store, rank, RANKS), range(RANKS)))) == 1
 
 
 def test_ranks_that_wait_in_vain_say_for_whom():

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -105,10 +106,10 @@ def test_a_package_is_fetched_once(server, listed):
 
 def test_two_who_want_a_package_at_once_fetch_it_once(server, listed, monkeypatch):
     listed()
-    slow, receive = threading.Event(), registry._receive
+    receive = registry._receive
 
     def received(*arguments) -> None:
-        slow.wait(0.2)
+        time.sleep(0.2)
         receive(*arguments)
 
     monkeypatch.setattr(registry, "_receive", received)

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import tarfile
+import threading
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -357,6 +358,6 @@ def _stamp(path: Path, package: Package) -> str:
 
 
 def _write_stamp(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
+    beside = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}")
     beside.write_text(text)
     os.replace(beside, path)
