@@ -77,21 +77,26 @@ FAMILIES = [_opt, _opt_norms_last, _opt_of_two_kinds_of_bits, _llama, _llama_of_
 FAMILIES += [_opt_of_narrow_words, _t5_with_a_head_of_its_own]
 
 
-def quantized(make, bits="int4"):
+def with_floats(make):
     torch.manual_seed(0)
     network = make().eval().requires_grad_(False)
     for name, weight in network.named_parameters():
         if weight.dim() > 1:
             weight.normal_(0, 2.0 if "relative_attention_bias" in name else 0.1)
+    return network
+
+
+def quantized(make, bits="int4"):
+    network = with_floats(make)
     quantize(network, bits, group_size=32)
     return network
 
 
 def language_models(make, bits="int4", layer_of=RoundedRows):
-    """The network by PyTorch, and taken over."""
-    network = quantized(make, bits)
+    """The network by PyTorch, and taken over; of no bits in float32."""
+    network = quantized(make, bits) if bits else with_floats(make)
     kind = EncoderDecoderLM if network.config.is_encoder_decoder else DecoderLM
-    expected = kind(whole(network, layer_of), stop_ids=[1], pad_id=0)
+    expected = kind(whole(network, layer_of) if bits else copy.deepcopy(network), stop_ids=[1], pad_id=0)
     assert take_over(network)
     language_model = kind(network, stop_ids=[1], pad_id=0)
     language_model.replay = next(part.words for part in network.modules() if hasattr(part, "words"))
@@ -104,7 +109,7 @@ def visual_prompt():
     return torch.randn(2, 5, WIDTH)
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("bits", ["int8", "int4", None])
 @pytest.mark.parametrize("make", FAMILIES)
 def test_what_is_read_and_written_is_what_the_layers_would(visual_prompt, make, bits):
     """Rows of different lengths, and more words than the buffers have room for at first."""
@@ -119,7 +124,7 @@ def test_what_is_read_and_written_is_what_the_layers_would(visual_prompt, make, 
     near(logits[1][1], logits[0][1], EXACT)
 
 
-@pytest.mark.parametrize("bits", ["int8", "int4"])
+@pytest.mark.parametrize("bits", ["int8", "int4", None])
 @pytest.mark.parametrize("make", FAMILIES)
 def test_words_of_a_single_row_are_what_the_layers_would_say(visual_prompt, make, bits):
     """In one pass of all layers, where the LLM can: with padding before it, and past the room there is at first."""
@@ -256,8 +261,11 @@ def test_weights_that_had_four_bits_before_are_found_again(visual_prompt, make):
     assert any(layer.turned_block for layer in quantized(make).modules() if isinstance(layer, Int4Linear))
 
 
-def test_unquantised_layers_stay():
-    assert not take_over(_opt().eval())
+def test_a_network_of_which_some_layers_are_quantised_stays():
+    network = _opt().eval()
+    quantize(network.model.decoder.layers[0], "int8")
+    assert not take_over(network)
+    assert type(network.model.decoder.layers[1].fc1) is nn.Linear
 
 
 def test_nothing_is_left_where_temporary_files_go(monkeypatch, tmp_path):

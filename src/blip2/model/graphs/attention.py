@@ -72,20 +72,28 @@ def causal(length: int, num_known: int) -> Tensor:
     return torch.ones(1, 1, length, num_known + length, dtype=torch.bool).tril(num_known)
 
 
+def turns(positions: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines (B or 1, T, Dh) as `rotated` takes them, for all layers."""
+    if positions is None:
+        return None
+    cosines, sines = (part.float()[:, None] for part in positions)
+    left, right = sines.chunk(2, dim=-1)
+    return cosines, torch.cat([-left, right], dim=-1)
+
+
 def rotated(x: Tensor, turning: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Queries or keys (B, H, T, Dh) by their positions, with cosines and sines (B or 1, T, Dh), if there are any."""
+    """Queries or keys (B, H, T, Dh) by their positions, with what `turns` gave, if there is anything."""
     if turning is None:
         return x
-    cosines, sines = (part.float()[:, None] for part in turning)
-    left, right = x.chunk(2, dim=-1)
-    return x * cosines + torch.cat([-right, left], dim=-1) * sines
+    cosines, sines = turning
+    return x * cosines + x.roll(x.shape[-1] // 2, dims=-1) * sines
 
 
 def refuse(hidden_states: Tensor) -> None:
     """Raises UserError where a gradient would have to pass, or where states lie on another device than the graphs."""
     refuse_gradient(hidden_states)
     if hidden_states.device.type != "cpu":
-        raise UserError("Quantised weights stay where they were first used. Load the model for the other device.")
+        raise UserError("Weights that were laid out for a CPU stay there. Load the model for the other device.")
 
 
 def extended(cache: Any, keys: Tensor, values: Tensor, place: int) -> tuple[Tensor, Tensor]:

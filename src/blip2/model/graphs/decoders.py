@@ -16,7 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blip2.model.graphs.attention import Heads, added, attend, causal, extended, in_heads, one_thread, refuse, rotated
+from blip2.model.graphs.attention import (
+    Heads,
+    added,
+    attend,
+    causal,
+    extended,
+    in_heads,
+    one_thread,
+    refuse,
+    rotated,
+    turns,
+)
 from blip2.model.graphs.graph import ModelFile, Signature
 from blip2.model.graphs.runtime import Runtime
 from blip2.model.graphs.words import Start, Words, write_word
@@ -73,12 +84,13 @@ class Layers(nn.Module):
         if mask is None and length > 1:
             mask = causal(length, 0 if past_key_values is None else past_key_values.get_seq_length())
         mask = None if mask is None else added(mask)
+        turning, num_turned = turns(position_embeddings), heads.num + heads.num_shared
         with one_thread():
             (projected,) = self.runtime.run_rows("first", states=states)
             for i in range(self._num_layers):
-                split = projected.split(heads.widths, dim=1)
-                query, keys, values = (in_heads(part, num_rows, heads.width) for part in split)
-                query, keys = (rotated(part, position_embeddings) for part in (query, keys))
+                together = in_heads(projected, num_rows, heads.width)
+                query, keys = rotated(together[:, :num_turned], turning).tensor_split([heads.num], dim=1)
+                values = together[:, num_turned:]
                 keys, values = extended(past_key_values, keys, values, i)
                 attended = self._attend(query, keys, values, mask)
                 states, *more = self.runtime.run_rows(f"layer {i}", attended=attended, states=states)

@@ -2,7 +2,7 @@
 
 PyTorch has no kernel for CPUs that multiplies int8 by int4 or, for few rows, int8 by int8. LiteRT's (XNNPACK) round
 each row to eight bits with one scale and add integers up. So that one scale will do, rows are turned first
-(`rotation`).
+(`rotation`). Products with weights in float32 round nothing.
 
     ModelFile            a file of several signatures, each with the weights that it needs
     Signature            rows (R, width) in, rows out; how many rows there are is told at each call
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from blip2.errors import UserError
 from blip2.model.graphs.runtime import Runtime
-from blip2.model.graphs.weights import QuantizedLinear, kind_of, stored
+from blip2.model.graphs.weights import Linear, kind_of, stored
 from blip2.model.quantized import Int4Linear
 from blip2.model.rotation import hadamard
 
@@ -214,7 +214,7 @@ class Signature:
 
     # Steps
 
-    def product(self, x: int, *layers: QuantizedLinear, relu: bool = False) -> int:
+    def product(self, x: int, *layers: Linear, relu: bool = False) -> int:
         """Through linear layers, whose results stand side by side."""
         kinds = [kind_of(layer) for layer in layers]
         largest = [float(layer.scale_and_zero.max()) for layer in layers if isinstance(layer, Int4Linear)]
@@ -374,6 +374,8 @@ class Signature:
         return self.step("FULLY_CONNECTED", [x, weight, bias], (-1, width), fusedActivationFunction=activation, **told)
 
     def _weight(self, weight: Tensor, scale: Tensor, bits: int) -> int:
+        if bits == 32:
+            return self.constant(weight)
         told = schema.QuantizationParametersT()
         if bits == 8:
             told.scale, told.zeroPoint = scale.numpy(), np.zeros(len(scale), np.int64)
@@ -424,6 +426,6 @@ def _named(tensors: dict[str, int]) -> list[Any]:
 
 def _no_room(reason: str | None) -> UserError:
     return UserError(
-        f"Weights could not be laid out in a temporary file ({reason}). Up to three times what the quantised part has "
-        "on disk is needed; the environment variable TMPDIR names another folder."
+        f"Weights could not be laid out in a temporary file ({reason}). Up to three times what that part of the model "
+        "has on disk is needed; the environment variable TMPDIR names another folder."
     )

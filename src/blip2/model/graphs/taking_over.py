@@ -1,4 +1,5 @@
-"""Puts LiteRT's products in the place of a quantised network's layers, all in one model.
+"""Puts LiteRT's products in the place of a network's layers, all in one model: of a quantised one, or of a small LLM in
+float32.
 
 One model and not a call for each product, since two programs' threads on the same cores get in each other's way
 (docs/decisions.md).
@@ -14,7 +15,7 @@ from blip2.model.graphs.graph import ModelFile, Signature
 from blip2.model.graphs.runtime import Runtime
 from blip2.model.graphs.t5 import T5
 from blip2.model.graphs.towers import TAKEN, take_over_tower
-from blip2.model.graphs.weights import QuantizedLinear
+from blip2.model.graphs.weights import Linear
 
 
 class Family(Protocol):
@@ -37,9 +38,9 @@ FAMILIES: dict[str, Family] = {
 
 
 class Product(nn.Module):
-    """A quantised linear layer whose product is a signature's."""
+    """A linear layer whose product is a signature's."""
 
-    def __init__(self, layer: QuantizedLinear, signature: Signature) -> None:
+    def __init__(self, layer: Linear, signature: Signature) -> None:
         super().__init__()
         self.runtime: Runtime  # once the file is complete
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -55,20 +56,20 @@ class Product(nn.Module):
 
 
 def take_over(network: Any) -> bool:
-    """Replaces a quantised LLM's layers and its product with the vocabulary, or a quantised image encoder's layers.
+    """Replaces an LLM's layers and its product with the vocabulary, or a quantised image encoder's layers.
 
     Args:
-        network: a Hugging Face model or tower, quantised and not used yet.
+        network: a Hugging Face model or tower, quantised and not used yet; or an LLM in float32.
 
     Returns:
-        Whether it was; false for a family that is not written down, and for layers that are not quantised.
+        Whether it was; false for a family that is not written down, and where only some layers are quantised.
     """
     if type(network).__name__ in TAKEN:
         return take_over_tower(network)
     family = FAMILIES.get(type(network).__name__)
     if family is None or not family.fits(network.config):
         return False
-    if any(isinstance(layer, nn.Linear) for layer in network.modules()):
+    if len({isinstance(layer, nn.Linear) for layer in network.modules() if isinstance(layer, Linear)}) > 1:
         return False
     file = ModelFile()
     vocabulary = file.signature("vocabulary")

@@ -1,7 +1,7 @@
-"""Weights of a linear layer as LiteRT has them: signed integers of four or eight bits, and their scales."""
+"""Weights of a linear layer as LiteRT has them: floats, or signed integers of four or eight bits and their scales."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from blip2.model.quantized import Int4Linear, Int8Linear, num_parts, to_int8
 from blip2.model.rotation import block_of
@@ -12,10 +12,13 @@ ZEROS = 0x88  # two four-bit weights that are 0
 ROWS_AT_ONCE = 2048  # of a weight while it is turned: bounds the memory that takes
 
 QuantizedLinear = Int4Linear | Int8Linear
+Linear = nn.Linear | QuantizedLinear
 
 
-def kind_of(layer: QuantizedLinear) -> tuple[int, int]:
+def kind_of(layer: Linear) -> tuple[int, int]:
     """Bits of a weight and inputs that are turned together, as the kernel has them."""
+    if isinstance(layer, nn.Linear):
+        return 32, 0
     if isinstance(layer, Int4Linear) and layer.turned_block and _has_like_scales(layer):
         return 4, layer.turned_block
     return 8, layer.turned_block if _is_stored_so(layer) else block_of(layer.in_features)
@@ -34,8 +37,10 @@ def _has_like_scales(layer: Int4Linear) -> bool:
     return bool((layer.packed.unflatten(1, (-1, layer.group_size // 2))[is_small] == ZEROS).all())
 
 
-def stored(layer: QuantizedLinear, bits: int) -> tuple[Tensor, Tensor]:
-    """Weights with the bits that `kind_of` told, and their scales."""
+def stored(layer: Linear, bits: int) -> tuple[Tensor, Tensor]:
+    """Weights with the bits that `kind_of` told, and their scales; floats have none."""
+    if isinstance(layer, nn.Linear):
+        return layer.weight.detach(), torch.empty(0)
     return _four_bits(layer) if isinstance(layer, Int4Linear) and bits == 4 else _eight_bits(layer)
 
 
