@@ -18,6 +18,7 @@ import blip2
 from blip2 import paths
 from blip2.data.shards import open_split
 from blip2.evaluation.speed import machine
+from blip2.inference import loading
 from blip2.model import drafting
 from blip2.preprocessing.prompts import question_prompt
 
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=120, help="of each split")
     args = parser.parse_args()
     drafting.WORTH_MAKING = 0
+    loading.MOST_FLOATS = 0  # with AVX2 alone LiteRT would have the language model, and nobody would guess
     guessing, plain = _Counted(args.model, drafts=True), _Counted(args.model, drafts=False)
     prompts = plain.model.settings.prompts
     asked = {

@@ -249,3 +249,17 @@ def test_no_process_is_left_however_the_program_ends(how):
     _, told = program.communicate(timeout=30)
     assert ("the loop failed" in told) == (how == "raise")
     assert wait_until(lambda: not any(map(is_alive, pids)), 5)
+
+
+def test_a_worker_that_is_ended_before_it_has_begun_does_nothing_of_this_process(tmp_path):
+    """The command line's handler leaves through all that is open, which is the parent's alone."""
+    is_ended = [True]
+    os.register_at_fork(after_in_child=lambda: is_ended[0] and os.kill(os.getpid(), signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: (tmp_path / "left").touch())
+    try:
+        with OrderedLoader(str, workers=1, ahead=2) as loader, pytest.raises(LoaderFailed, match="signal 15"):
+            list(loader.stream(0, 3))
+    finally:
+        is_ended[0] = False
+        signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "left").exists()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from blip2.errors import UserError
+from blip2.model.graphs.attention import one_thread
 from blip2.model.graphs.graph import ModelFile
 from blip2.model.quantized import Int4Linear, Int8Linear, num_parts, to_int4, to_int8
 from blip2.model.rotation import block_of
@@ -173,3 +174,15 @@ def test_the_library_says_nothing_of_its_own(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert abs(float(done.stdout) - 16) < 0.2 and done.stderr == "heard"
+
+
+def test_a_single_thread_that_was_asked_for_stays():
+    before = torch.get_num_threads()
+    try:
+        for asked in (2, 1, 3):
+            torch.set_num_threads(asked)
+            with one_thread(), one_thread():
+                assert torch.get_num_threads() == 1
+            assert torch.get_num_threads() == asked
+    finally:
+        torch.set_num_threads(before)

@@ -135,7 +135,12 @@ class _Crew:
                 name="blip2-loader",
                 daemon=True,
             )
-            process.start()
+            # Ended before it has begun, a worker would do what this process does then, with all that this process has.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             mouth.close()  # so that the pipe ends with its worker
             self._processes.append(process)
         os.close(self._tasks_out)
@@ -252,6 +257,7 @@ def _work(
     """The life of a worker: ends with the pipe of tasks, whose other end the parent alone holds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's affair, which then ends the workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     for descriptor in others:
         os.close(descriptor)
     for ear in ears:

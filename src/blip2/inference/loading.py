@@ -70,6 +70,7 @@ def load(
             loaded; `blip2 quantize` does it once for all. None: as they are.
         drafts: whether a text that is written alone may be guessed ahead by a four-bit copy of the language model
             (model/drafting.py). It says the same and sooner; the copy takes memory, a sixth of the language model's.
+            Where LiteRT computes the language model (with AVX2 alone), nothing is guessed.
 
     Raises:
         UnknownModel: no model goes by that name.

@@ -1,4 +1,4 @@
-"""The layers of a quantised LLM or image encoder as LiteRT computes them on a CPU.
+"""The layers of an LLM, quantised or small, or of a quantised image encoder, as LiteRT computes them on a CPU.
 
 graph          a model file, signature by signature, and the products in it
 weights        as they stand in it

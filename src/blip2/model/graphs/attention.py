@@ -1,5 +1,6 @@
 """Attention between two products of rows, by PyTorch; masks as transformers' layers are given them."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ class _Outside:
 
 
 _outside = _Outside()
+_known = threading.local()  # threads that were here before, whose number was set here since
 
 
 @dataclass(frozen=True)
@@ -104,13 +106,17 @@ def extended(cache: Any, keys: Tensor, values: Tensor, place: int) -> tuple[Tens
 @contextmanager
 def one_thread() -> Iterator[None]:
     """PyTorch's other threads wait for work by spinning, on the cores that the products' threads are on: there are none
-    meanwhile. What begins to use PyTorch in another thread meanwhile has one as well, so 1 is not what is gone back to
-    where it was more before."""
+    meanwhile. A thread that first uses PyTorch meanwhile has one as well, which nobody asked for, and goes on with as
+    many as others had."""
     now = torch.get_num_threads()
-    if now > 1:
+    is_meant = now > 1 or hasattr(_known, "thread") or threading.current_thread() is threading.main_thread()
+    if is_meant:
         _outside.threads = now
+    after = _outside.threads
+    _known.thread = True
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(max(now, _outside.threads))
+        _outside.threads = after
+        torch.set_num_threads(after)
