@@ -100,6 +100,7 @@ def language_models(make, bits="int4", layer_of=RoundedRows):
     assert take_over(network)
     language_model = kind(network, stop_ids=[1], pad_id=0)
     language_model.replay = next(part.words for part in network.modules() if hasattr(part, "words"))
+    language_model.prompts = next((part.prompts for part in network.modules() if hasattr(part, "prompts")), None)
     return expected, language_model
 
 
@@ -138,6 +139,25 @@ def test_words_of_a_single_row_are_what_the_layers_would_say(visual_prompt, make
     takes = make is not _opt_of_narrow_words
     assert (language_model.replay is not None and language_model.replay.takes(reading)) == takes
     near(logits[1], logits[0], EXACT)
+
+
+@pytest.mark.parametrize("make", [_opt, _opt_norms_last, _llama, _llama_of_shared_heads])
+def test_floats_read_a_single_prompt_in_one_pass(visual_prompt, make):
+    """Of one length and another, and as the layers would; of rounded inputs, how many are read together matters."""
+    expected, language_model = language_models(make, None)
+    assert language_models(make)[1].prompts is None
+    for length in (2, 4, 0, 1):
+        given = visual_prompt[:1], IDS[1:, :length], MASK[1:, :length]
+        both = [one.start(*given) for one in (expected, language_model)]
+        near(both[1][1], both[0][1], EXACT)
+        for layer, other in zip(*(one[0].cache.layers for one in both), strict=True):
+            near(other.keys, layer.keys, EXACT)
+            near(other.values, layer.values, EXACT)
+    embeds = language_model.embed(torch.cat([IDS, IDS], dim=1))
+    assert language_model.prompts.takes(embeds[:1], torch.ones(1, 8))
+    assert not language_model.prompts.takes(embeds[:1], torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]]))
+    assert not language_model.prompts.takes(embeds, torch.ones(2, 8))
+    assert not language_model.prompts.takes(torch.zeros(1, 1000, WIDTH), torch.ones(1, 1000))
 
 
 @pytest.mark.parametrize("make", [_opt, _llama_of_shared_heads, _t5])

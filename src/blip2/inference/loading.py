@@ -236,7 +236,7 @@ class _Loader:
                 instruction_aware=settings.instruction_aware,
             )
         self._fill(model, "generation")
-        if language_model.reads_prefix_apart or language_model.attends_apart is not None:
+        if language_model.reads_prefix_apart or language_model.prompts is not None:
             # The fifth digit of others' numbers is promised neither of what was rounded nor of what LiteRT computes.
             pack(model)
         if self.device.type == "cuda" and self.dtype == torch.bfloat16:
@@ -264,7 +264,9 @@ class _Loader:
         language_model = wrap_language_model(network, tokenizer, stop=self.settings.stop)
         language_model.reads_prefix_apart = rounds_inputs
         parts: list[Any] = list(network.modules())
-        language_model.attends_apart = next((part for part in parts if hasattr(part, "apart")), None)
+        if rounds_inputs:
+            language_model.attends_apart = next((part for part in parts if hasattr(part, "apart")), None)
+        language_model.prompts = next((part.prompts for part in parts if hasattr(part, "prompts")), None)
         language_model.replay = next((part.words for part in parts if hasattr(part, "words")), None)
         if self.device_map is None:
             language_model.to(self.device)

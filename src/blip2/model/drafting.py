@@ -159,8 +159,10 @@ class _FourBitLlama:
         guesses: list[int] = []
         for i in range(most):
             hidden = self._words[token_id][None]  # (1, D)
-            for layer, (keys, values) in zip(self._layers, kept, strict=True):
-                hidden = self._through(layer, hidden, keys, values, slice(first, known + i + 1), cosines[i], sines[i])
+            for layer, room in zip(self._layers, kept, strict=True):
+                hidden = self._through(
+                    layer, hidden, room.keys, room.values, slice(first, known + i + 1), cosines[i], sines[i]
+                )
             logits = self._head(_normed(hidden, self._norm))[0, : len(self._words)].float()  # (V,)
             if i < num_without_stop:
                 logits[list(stop_ids)] = -torch.inf

@@ -4,6 +4,7 @@ everything before it.
 transformers' own cache concatenates: at OPT-2.7B's size with 55 positions that is 36 MB a token, a fifth of the time.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,14 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 ROOM = 64  # positions that a buffer grows by
 
 
+@dataclass(eq=False)
+class Room:
+    """Where a layer has its keys and values, (B, H, at least L, Dh) each."""
+
+    keys: Tensor
+    values: Tensor
+
+
 class RoomyLayer(DynamicLayer):
     """As transformers' `DynamicLayer`, whose `keys` and `values` here are the filled part of a larger buffer."""
 
@@ -22,23 +31,23 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self._buffers: tuple[Tensor, Tensor] | None = None
+        self._room: Room | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Takes new states (B, H, T, Dh) in; gives all (B, H, L, Dh)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
-        begin, end = self.keys.shape[2], self.keys.shape[2] + key_states.shape[2]
-        keys, values = self.reserve(end)
-        keys[:, :, begin:end] = key_states
-        values[:, :, begin:end] = value_states
-        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        begin, count = self.keys.shape[2], key_states.shape[2]
+        room = self.reserve(begin + count)
+        room.keys.narrow(2, begin, count).copy_(key_states)
+        room.values.narrow(2, begin, count).copy_(value_states)
+        self._fill(begin + count)
         return self.keys, self.values
 
     def put(self, keys: Tensor, values: Tensor) -> None:
         """Takes (B, H, L, Dh) in place of all it held."""
-        self.keys, self.values, self._buffers = keys, values, None
+        self.keys, self.values, self._room = keys, values, None
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
 
     def cut(self, begin: int, end: int | None) -> None:
@@ -50,30 +59,33 @@ class RoomyLayer(DynamicLayer):
         """Forgets what comes after so many positions; their room stays."""
         self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
 
-    def reserve(self, length: int) -> tuple[Tensor, Tensor]:
-        """Buffers (B, H, at least `length`, Dh) that begin with what it holds. What is written behind that is not kept:
-        the next states take its place."""
-        if self._buffers is None or length > self._buffers[0].shape[2]:
-            self._buffers = _with_room(self.keys, length), _with_room(self.values, length)
+    def reserve(self, length: int) -> Room:
+        """Buffers for `length` positions or more that begin with what it holds. What is written behind that is not
+        kept: the next states take its place."""
+        if self._room is None or length > self._room.keys.shape[2]:
             filled = self.keys.shape[2]
-            self.keys, self.values = (buffer[:, :, :filled] for buffer in self._buffers)
-        return self._buffers
+            self._room = Room(_with_room(self.keys, length), _with_room(self.values, length))
+            self._fill(filled)
+        return self._room
+
+    def _fill(self, length: int) -> None:
+        assert self._room is not None
+        self.keys, self.values = (part.narrow(2, 0, length) for part in (self._room.keys, self._room.values))
 
     def reorder_cache(self, beam_idx: Any) -> None:
         """Makes row i what row `beam_idx[i]` was, of indices (B',); there may be more rows then, or fewer."""
-        if self._buffers is None:
+        if self._room is None:
             return super().reorder_cache(beam_idx)
         length = self.keys.shape[2]
-        keys, values = (buffer.index_select(0, beam_idx) for buffer in self._buffers)  # with their room
-        self._buffers = keys, values
-        self.keys, self.values = keys[:, :, :length], values[:, :, :length]
+        self._room = Room(*(part.index_select(0, beam_idx) for part in (self._room.keys, self._room.values)))
+        self._fill(length)
 
     def join(self, other: "RoomyLayer", *, right: bool) -> None:
         """Appends another layer's rows; the shorter ones are padded on the left, or on the right."""
         length = max(self.keys.shape[2], other.keys.shape[2])
         self.keys = torch.cat([_pad(layer.keys, length, right) for layer in (self, other)])
         self.values = torch.cat([_pad(layer.values, length, right) for layer in (self, other)])
-        self._buffers = None
+        self._room = None
 
 
 def make_cache(config: Any) -> DynamicCache:

@@ -46,6 +46,18 @@ class Steps(Protocol):
         ...
 
 
+class Prompts(Protocol):
+    """Reads the prompt of a single row in the place of an LLM: `graphs.prompts.Prompts`."""
+
+    def takes(self, embeds: Tensor, mask: Tensor) -> bool:
+        """Whether it reads embeddings (B, T, D), 0 in the mask (B, T) where there is padding."""
+        ...
+
+    def logits(self, embeds: Tensor, cache: Any) -> Tensor:
+        """Logits (1, V) float32 after embeddings (1, T, D), which an empty cache has then."""
+        ...
+
+
 class _FrozenLM(nn.Module):
     """What both kinds share: frozen weights that stay in evaluation mode, embeddings and width.
 
@@ -55,6 +67,7 @@ class _FrozenLM(nn.Module):
             changes what is said; so a question has one answer, whether the picture is new or not.
         attends_apart: layers that read both together to the same end (`graphs.decoders.Layers`), where there are any.
         replay: what reads a token in the model's place, where there is something that does.
+        prompts: what reads a prompt in a decoder's place, likewise.
     """
 
     model: Any  # a Hugging Face model, whose methods are found at run time
@@ -76,6 +89,7 @@ class _FrozenLM(nn.Module):
         self._recorded: Recorded | None = None
         self.reads_prefix_apart = False
         self.attends_apart: Any = None
+        self.prompts: Prompts | None = None
 
     def replay_steps(self) -> bool:
         """Has each token's step, and the reading of prompts, recorded and replayed from now on (model/replay.py).
@@ -262,6 +276,8 @@ class DecoderLM(_FrozenLM):
         for layer, (keys, values) in enumerate(zip(known[::2], known[1::2], strict=True)):
             cache.update(keys[:, :, :num_known], values[:, :, :num_known], layer)
         reading = Reading(cache, mask, prompt_ids.new_empty(len(embeds), 0))
+        if not known and self.prompts is not None and self.prompts.takes(embeds, mask):
+            return reading, self.prompts.logits(embeds, cache)
         new = embeds[:, num_known:]
         return reading, self._logits(reading, num_new=new.shape[1], inputs_embeds=new, is_first_iteration=True)
 

@@ -5,12 +5,14 @@ transformers' model stays around them: embeddings, masks, the last norm. In plac
     first          states ─▶ queries, keys and values of layer 0
     layer i        what attention i gave, states ─▶ states, queries, keys and values of layer i + 1
     word           all of it for a token of a single row (`words`)
+    prompt, end    all of it for a prompt of a single row (`prompts`), of an LLM in float32
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +31,9 @@ from blip2.model.graphs.attention import (
     turns,
 )
 from blip2.model.graphs.graph import ModelFile, Signature
+from blip2.model.graphs.prompts import Prompts, write_prompt
 from blip2.model.graphs.runtime import Runtime
+from blip2.model.graphs.weights import QuantizedLinear
 from blip2.model.graphs.words import Start, Words, write_word
 
 
@@ -38,12 +42,14 @@ class Layers(nn.Module):
 
     Attributes:
         words: what reads a token of a single row in the place of transformers' model, if it can.
+        prompts: what reads a prompt of one.
     """
 
-    def __init__(self, heads: Heads, num_layers: int, words: Words | None) -> None:
+    def __init__(self, heads: Heads, num_layers: int, words: Words | None, prompts: Prompts | None) -> None:
         super().__init__()
         self.runtime: Runtime  # once the file is complete
         self.words = words
+        self.prompts = prompts
         self._heads = heads
         self._num_layers = num_layers
         self._apart: ContextVar[int] = ContextVar("num_apart", default=0)
@@ -115,8 +121,8 @@ class DecoderOnly:
         heads: of a configuration.
         projected: (signature, layer, x) -> queries, keys and values side by side.
         rest: (signature, layer, attended, x) -> x; what follows attention.
-        start: (decoder, token ids (1,), position) -> the first states (1, D), as "states", and the turn of the
-            position, as `Words` takes it.
+        start: (decoder, embeddings (T, D), position of the first) -> the first states (T, D), as "states", and the
+            turns of the positions, as `Words` takes it.
         last_norm: (signature, decoder, x) -> x; what follows the layers.
         turns: whether positions are told by turning queries and keys.
     """
@@ -147,6 +153,7 @@ class DecoderOnly:
         """
         decoder, heads, width = network.get_decoder(), self.heads(network.config), network.config.hidden_size
         layers: Any = decoder.layers
+        has_floats = not any(isinstance(layer, QuantizedLinear) for layer in layers.modules())
         first = file.signature("first")
         first.output("projected", self.projected(first, layers[0], first.input("states", width)))
         signatures = [first]
@@ -159,15 +166,20 @@ class DecoderOnly:
                 signature.output("projected", self.projected(signature, layers[i + 1], x))
             layers[i] = nn.Identity()
             signatures.append(signature)
-        words = None
+        end = partial(self._end, decoder)
+        words = prompts = None
         if getattr(decoder, "project_out", None) is None:
             words = Words(decoder, self.start)
-            write_word(
-                file, signatures, heads, lambda word, x: self.last_norm(word, decoder, x), vocabulary, turns=self.turns
-            )
-        together = Layers(heads, len(layers), words)
+            write_word(file, signatures, heads, end, vocabulary, turns=self.turns)
+            if has_floats:  # what was rounded is read to the same last bit with a known picture and a new one
+                prompts = Prompts(decoder, heads, self.start)
+                write_prompt(file, signatures, heads, end, vocabulary, turns=self.turns)
+        together = Layers(heads, len(layers), words, prompts)
         decoder.layers = nn.ModuleList([together])
-        return [together] if words is None else [together, words]
+        return [one for one in (together, words, prompts) if one is not None]
+
+    def _end(self, decoder: Any, signature: Signature, x: int) -> int:
+        return self.last_norm(signature, decoder, x)
 
 
 # Families
@@ -188,10 +200,10 @@ def _opt_rest(signature: Signature, layer: Any, attended: int, x: int) -> int:
     return x if first else signature.layer_norm(x, norm)
 
 
-def _opt_start(decoder: Any, token_ids: Tensor, position: int) -> dict[str, Tensor]:
-    states, places = decoder.embed_tokens(token_ids).float(), decoder.embed_positions
-    states = states if decoder.project_in is None else decoder.project_in(states)
-    return {"states": states + places.weight[position + places.offset].float()}
+def _opt_start(decoder: Any, embeds: Tensor, position: int) -> dict[str, Tensor]:
+    states = embeds if decoder.project_in is None else decoder.project_in(embeds)
+    first = position + decoder.embed_positions.offset
+    return {"states": states + decoder.embed_positions.weight[first : first + len(states)].float()}
 
 
 def _opt_last_norm(signature: Signature, decoder: Any, x: int) -> int:
@@ -211,10 +223,9 @@ def _llama_rest(signature: Signature, layer: Any, attended: int, x: int) -> int:
     return signature.add(x, signature.product(opened, layer.mlp.down_proj))
 
 
-def _llama_start(decoder: Any, token_ids: Tensor, position: int) -> dict[str, Tensor]:
-    states = decoder.embed_tokens(token_ids).float()
-    cosines, sines = decoder.rotary_emb(states, torch.tensor([[position]]))
-    return {"states": states, "cosines": cosines[0], "sines": sines[0]}
+def _llama_start(decoder: Any, embeds: Tensor, position: int) -> dict[str, Tensor]:
+    cosines, sines = decoder.rotary_emb(embeds, torch.arange(position, position + len(embeds))[None])
+    return {"states": embeds, "cosines": cosines[0], "sines": sines[0]}
 
 
 def _llama_last_norm(signature: Signature, decoder: Any, x: int) -> int:

@@ -29,11 +29,27 @@ from torch import Tensor
 ROWS_AT_ONCE = 512  # of a product: bounds the memory for what lies between
 ALIGNED, FLOAT_BYTES = 64, 4
 
-NOTHING: Mapping[str, Tensor] = MappingProxyType({})
+NOTHING: Mapping[str, "Tensor | Memory"] = MappingProxyType({})
 
 _silence = threading.Lock()
 
 Widths = dict[str, int]
+
+
+class Memory:
+    """A tensor's numbers, contiguous, for LiteRT to read where they are, as often as it runs."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._there = x.detach().numpy().reshape(-1)
+        is_aligned = self._there.ctypes.data % ALIGNED == 0
+        self._array = self._there if is_aligned else _aligned(self._there.size)
+        self._buffer = TensorBuffer.create_from_host_memory(self._array)
+
+    def read(self) -> tuple[np.ndarray, TensorBuffer]:
+        """What it holds now; a copy where LiteRT cannot read it in its place."""
+        if self._array is not self._there:
+            np.copyto(self._array, self._there)
+        return self._array, self._buffer
 
 
 class Runtime:
@@ -62,7 +78,7 @@ class Runtime:
         self._arrays: dict[tuple[str, int], tuple[np.ndarray, TensorBuffer]] = {}
         self._lock = threading.Lock()
 
-    def run(self, name: str, held: Mapping[str, Tensor] = NOTHING, /, **inputs: Tensor) -> list[Tensor]:
+    def run(self, name: str, held: Mapping[str, Tensor | Memory] = NOTHING, /, **inputs: Tensor) -> list[Tensor]:
         """The outputs (R, width) of a signature for inputs (R, width), float32, in the order they were named in.
 
         Args:
@@ -72,7 +88,7 @@ class Runtime:
         (given, taken), (given_order, taken_order) = self._shapes[name], self._order[name]
         if num_rows == 0:
             return [torch.zeros(0, width) for width in taken.values()]
-        kept = {key: _memory(x) for key, x in held.items()}
+        kept = {key: (x if isinstance(x, Memory) else Memory(x)).read() for key, x in held.items()}
         with self._lock:
             arguments = []
             for i, key in enumerate(given_order):
@@ -112,15 +128,6 @@ class Runtime:
             array = _aligned(size)
             found = self._arrays[key, size] = array, TensorBuffer.create_from_host_memory(array)
         return found
-
-
-def _memory(x: Tensor) -> tuple[np.ndarray, TensorBuffer]:
-    """A tensor's numbers where they are, or a copy that LiteRT can read."""
-    array = x.detach().numpy().reshape(-1)
-    if array.ctypes.data % ALIGNED:
-        array, there = _aligned(array.size), array
-        np.copyto(array, there)
-    return array, TensorBuffer.create_from_host_memory(array)
 
 
 def _aligned(size: int) -> np.ndarray:

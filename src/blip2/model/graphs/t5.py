@@ -266,8 +266,8 @@ def _write_word(
     word.output("logits", word.include(vocabulary, x=end(word, found["states"]))["y"])
 
 
-def _start(stack: Any, token_ids: Tensor, position: int) -> dict[str, Tensor]:
-    return {"states": stack.embed_tokens(token_ids).float()}
+def _start(stack: Any, embeds: Tensor, position: int) -> dict[str, Tensor]:
+    return {"states": embeds}
 
 
 def _end(network: Any, signature: Signature, x: int) -> int:

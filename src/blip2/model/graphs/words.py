@@ -7,14 +7,15 @@ size changes once in some tens of tokens.
 import weakref
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from blip2.model.graphs.attention import CLOSED, Heads, one_thread
 from blip2.model.graphs.graph import ModelFile, Signature
-from blip2.model.graphs.runtime import Runtime
-from blip2.model.key_values import RoomyLayer
+from blip2.model.graphs.runtime import Memory, Runtime
+from blip2.model.key_values import Room, RoomyLayer
 from blip2.model.reading import Reading
 
 Start = Callable[[Any, Tensor, int], dict[str, Tensor]]
@@ -25,8 +26,8 @@ class Words:
 
     Args:
         decoder: what holds the layers; its memory goes when nobody else has it any more.
-        start: (decoder, token ids (1,), position) -> states (1, D), and cosines and sines (1, Dh) of the position, if
-            queries and keys are turned by it.
+        start: (decoder, embeddings (T, D), position of the first) -> states (T, D), and cosines and sines (T, Dh) of
+            the positions, if queries and keys are turned by them.
     """
 
     runtime: Runtime  # once the file is complete
@@ -34,6 +35,7 @@ class Words:
     def __init__(self, decoder: Any, start: Start) -> None:
         self._decoder = weakref.ref(decoder)
         self._start = start
+        self._shared: WeakKeyDictionary[Room, tuple[Memory, Memory]] = WeakKeyDictionary()
 
     def takes(self, reading: Reading) -> bool:
         """Whether a reading is a single row, with something in buffers with room."""
@@ -45,13 +47,15 @@ class Words:
         """Logits (1, V) float32 after a token (1,), which the reading's mask counts already."""
         layers = self.own_layers(reading)
         length = layers[0].get_seq_length()
-        held = {}
-        for i, layer in enumerate(layers):
-            held[f"keys {i}"], held[f"values {i}"] = layer.reserve(length + 1)
-        room, width = held["keys 0"].shape[2:]
+        rooms = [layer.reserve(length + 1) for layer in layers]
+        places, width = rooms[0].keys.shape[2:]
         with one_thread():
-            held |= self.held(reading, length, room)
-            given = self._start(self._decoder(), token_ids, int(reading.mask.sum()) - 1)
+            held: dict[str, Tensor | Memory] = {**self.held(reading, length, places)}
+            for i, room in enumerate(rooms):
+                held[f"keys {i}"], held[f"values {i}"] = self._memory(room)
+            decoder: Any = self._decoder()
+            embeds = decoder.embed_tokens(token_ids).float()
+            given = self._start(decoder, embeds, int(reading.mask.sum()) - 1)
             *new, logits = self.runtime.run("word", held, **given)
         for i, layer in enumerate(layers):
             key, value = (one.view(1, -1, 1, width) for one in new[2 * i : 2 * i + 2])
@@ -61,6 +65,13 @@ class Words:
     def own_layers(self, reading: Reading) -> list[Any]:
         """What is kept for the attention to what was written."""
         return reading.cache.layers
+
+    def _memory(self, room: Room) -> tuple[Memory, Memory]:
+        """What LiteRT reads of a layer's buffers; sixty would take two milliseconds to make for each token."""
+        found = self._shared.get(room)
+        if found is None:
+            found = self._shared[room] = Memory(room.keys), Memory(room.values)
+        return found
 
     def held(self, reading: Reading, length: int, room: int) -> dict[str, Tensor]:
         """What else is held: what is added to the scores of buffers, of which so many places are filled."""
@@ -94,7 +105,7 @@ def write_word(
     found = word.include(signatures[0], states=x)
     for i, signature in enumerate(signatures[1:]):
         query, key, value = split(word, found["projected"], heads)
-        query, key = (_turned(word, part, turning) for part in (query, key))
+        query, key = (turned(word, part, turning) for part in (query, key))
         attended = attend_on(word, i, (word.multiply(query, scale), key, value), seen, heads)
         x = found["states"] if i else x
         found = word.include(signature, attended=attended, states=x)
@@ -155,12 +166,13 @@ def attend_to(word: Signature, query: int, keys: int, values: int, seen: int) ->
     return word.sum(word.step("MUL", [weights, values], (shared, 1, -1, width)), 2, keeps=True), scores
 
 
-def _turned(word: Signature, x: int, turning: list[int]) -> int:
-    """(H, Dh) by its position, as `attention.rotated`."""
+def turned(word: Signature, x: int, turning: list[int]) -> int:
+    """(..., Dh) by its position, as `attention.rotated`, where there are cosines and sines for it."""
     if not turning:
         return x
-    (cosines, sines), width = turning, word.shape(x)[-1]
+    (cosines, sines), shape, width = turning, word.shape(x), word.shape(x)[-1]
     half = torch.eye(width // 2)
     nothing = torch.zeros_like(half)
-    swapped = word.times(x, torch.cat([torch.cat([nothing, half], dim=1), torch.cat([-half, nothing], dim=1)]))
+    swap = torch.cat([torch.cat([nothing, half], dim=1), torch.cat([-half, nothing], dim=1)])
+    swapped = word.reshape(word.times(word.reshape(x, (-1, width)), swap), shape)
     return word.add(word.multiply(x, cosines), word.multiply(swapped, sines))
