@@ -31,7 +31,7 @@ from blip2.model.graphs.attention import (
     turns,
 )
 from blip2.model.graphs.graph import ModelFile, Signature
-from blip2.model.graphs.prompts import Prompts, write_prompt
+from blip2.model.graphs.prompts import APART, Prompts, write_prompt
 from blip2.model.graphs.runtime import Runtime
 from blip2.model.graphs.weights import QuantizedLinear
 from blip2.model.graphs.words import Start, Words, write_word
@@ -119,7 +119,7 @@ class DecoderOnly:
     Attributes:
         activation: the setting of the MLP's activation, and the one that `rest` writes down.
         heads: of a configuration.
-        projected: (signature, layer, x) -> queries, keys and values side by side.
+        projected: (signature, layer, x) -> what the layers of queries, keys and values are given, and these.
         rest: (signature, layer, attended, x) -> x; what follows attention.
         start: (decoder, embeddings (T, D), position of the first) -> the first states (T, D), as "states", and the
             turns of the positions, as `Words` takes it.
@@ -129,7 +129,7 @@ class DecoderOnly:
 
     activation: tuple[str, str]
     heads: Callable[[Any], Heads]
-    projected: Callable[[Signature, Any, int], int]
+    projected: Callable[[Signature, Any, int], tuple[int, list[Any]]]
     rest: Callable[[Signature, Any, int, int], int]
     start: Start
     last_norm: Callable[[Signature, Any, int], int]
@@ -155,7 +155,7 @@ class DecoderOnly:
         layers: Any = decoder.layers
         has_floats = not any(isinstance(layer, QuantizedLinear) for layer in layers.modules())
         first = file.signature("first")
-        first.output("projected", self.projected(first, layers[0], first.input("states", width)))
+        self._project(first, layers[0], first.input("states", width), has_floats)
         signatures = [first]
         for i, layer in enumerate(layers):
             signature = file.signature(f"layer {i}")
@@ -163,7 +163,7 @@ class DecoderOnly:
             x = self.rest(signature, layer, attended, x)
             signature.output("states", x)
             if i + 1 < len(layers):
-                signature.output("projected", self.projected(signature, layers[i + 1], x))
+                self._project(signature, layers[i + 1], x, has_floats)
             layers[i] = nn.Identity()
             signatures.append(signature)
         end = partial(self._end, decoder)
@@ -178,6 +178,17 @@ class DecoderOnly:
         decoder.layers = nn.ModuleList([together])
         return [one for one in (together, words, prompts) if one is not None]
 
+    def _project(self, signature: Signature, layer: Any, x: int, is_apart: bool) -> None:
+        """Queries, keys and values side by side; apart as well, for a prompt's attention, or in one product."""
+        x, projections = self.projected(signature, layer, x)
+        if not is_apart:
+            signature.output("projected", signature.product(x, *projections))
+            return
+        parts = [signature.product(x, one) for one in projections]
+        for name, part in zip(APART, parts, strict=True):
+            signature.result(name, part)
+        signature.output("projected", signature.side_by_side(parts))
+
     def _end(self, decoder: Any, signature: Signature, x: int) -> int:
         return self.last_norm(signature, decoder, x)
 
@@ -185,10 +196,10 @@ class DecoderOnly:
 # Families
 
 
-def _opt_projected(signature: Signature, layer: Any, x: int) -> int:
+def _opt_projected(signature: Signature, layer: Any, x: int) -> tuple[int, list[Any]]:
     own = layer.self_attn
     normed = signature.layer_norm(x, layer.self_attn_layer_norm) if layer.do_layer_norm_before else x
-    return signature.product(normed, own.q_proj, own.k_proj, own.v_proj)
+    return normed, [own.q_proj, own.k_proj, own.v_proj]
 
 
 def _opt_rest(signature: Signature, layer: Any, attended: int, x: int) -> int:
@@ -210,9 +221,9 @@ def _opt_last_norm(signature: Signature, decoder: Any, x: int) -> int:
     return x if decoder.final_layer_norm is None else signature.layer_norm(x, decoder.final_layer_norm)
 
 
-def _llama_projected(signature: Signature, layer: Any, x: int) -> int:
+def _llama_projected(signature: Signature, layer: Any, x: int) -> tuple[int, list[Any]]:
     own = layer.self_attn
-    return signature.product(signature.rms_norm(x, layer.input_layernorm), own.q_proj, own.k_proj, own.v_proj)
+    return signature.rms_norm(x, layer.input_layernorm), [own.q_proj, own.k_proj, own.v_proj]
 
 
 def _llama_rest(signature: Signature, layer: Any, attended: int, x: int) -> int:

@@ -169,8 +169,12 @@ class Signature:
 
     def output(self, name: str, x: int) -> None:
         """Gives a result a name to be fetched by."""
-        self._results[name] = x
+        self.result(name, x)
         self._outputs[name], self._widths[name] = self.reshape(x, (-1,)), self._shapes[x][-1]
+
+    def result(self, name: str, x: int) -> None:
+        """Gives a result a name for signatures that include this one; it is not fetched."""
+        self._results[name] = x
 
     def shapes(self) -> tuple[dict[str, int], dict[str, int]]:
         """The widths of inputs and outputs, by name."""
@@ -219,7 +223,7 @@ class Signature:
         kinds = [kind_of(layer) for layer in layers]
         largest = [float(layer.scale_and_zero.max()) for layer in layers if isinstance(layer, Int4Linear)]
         if len(set(kinds)) > 1 or (len(largest) > 1 and max(largest) > MUCH_LARGER * min(largest)):
-            return self._side_by_side([self.product(x, layer, relu=relu) for layer in layers])
+            return self.side_by_side([self.product(x, layer, relu=relu) for layer in layers])
         bits, block = kinds[0]
         parts = [stored(layer, bits) for layer in layers]
         weight, scale = (torch.cat([one[i] for one in parts]) if len(parts) > 1 else parts[0][i] for i in range(2))
@@ -241,7 +245,11 @@ class Signature:
             bias_at = -1 if bias is None else self.constant(bias[some])
             weight_at = self._weight(weight[some], scale[some], bits)
             pieces.append(self._fully_connected(x, weight_at, len(weight[some]), bias_at, relu=relu))
-        return pieces[0] if len(pieces) == 1 else self._side_by_side(pieces)
+        return pieces[0] if len(pieces) == 1 else self.side_by_side(pieces)
+
+    def side_by_side(self, parts: list[int]) -> int:
+        """Rows of several results, one after the other."""
+        return self.step("CONCATENATION", parts, (-1, sum(self._shapes[part][-1] for part in parts)), axis=1)
 
     def add(self, x: int, y: int) -> int:
         """The sum."""
@@ -352,9 +360,6 @@ class Signature:
             y = self._fully_connected(inputs, weight_at, len(weight), bias_at)
             result = self.add(result, y) if i else y
         return self.step("RELU", [result], self._shapes[result]) if relu else result
-
-    def _side_by_side(self, parts: list[int]) -> int:
-        return self.step("CONCATENATION", parts, (-1, sum(self._shapes[part][-1] for part in parts)), axis=1)
 
     def _turn(self, x: int, block: int, power: float) -> int:
         """x turned in blocks and divided by `power`, once for all that ask for it."""

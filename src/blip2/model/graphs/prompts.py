@@ -16,6 +16,8 @@ from blip2.model.graphs.graph import ModelFile, Signature
 from blip2.model.graphs.runtime import ROWS_AT_ONCE, Runtime
 from blip2.model.graphs.words import Start, turned
 
+APART = "query", "keys", "values"
+
 
 class Prompts:
     """Reads a single row's prompt in the place of transformers' model; see the module's docstring.
@@ -59,7 +61,9 @@ def write_prompt(
     *,
     turns: bool,
 ) -> None:
-    """Writes the signatures "prompt" and "end" down; arguments as of `words.write_word`."""
+    """Writes the signatures "prompt" and "end" down; arguments as of `words.write_word`, and what comes before an
+    attention names its queries, keys and values apart. (To cut them out of rows whose number is not told, XNNPACK has
+    no kernel.)"""
     prompt, width = file.signature("prompt"), signatures[0].shapes()[0]["states"]
     x = prompt.input("states", width)
     names = ("cosines", "sines") if turns else ()
@@ -67,7 +71,7 @@ def write_prompt(
     mask = _mask(prompt, prompt.input("places", 1), heads.num // heads.num_shared)
     found = prompt.include(signatures[0], states=x)
     for i, signature in enumerate(signatures[1:]):
-        attended = _attend(prompt, i, found["projected"], mask, turning, heads)
+        attended = _attend(prompt, i, [found[name] for name in APART], mask, turning, heads)
         found = prompt.include(signature, attended=attended, states=found["states"] if i else x)
     prompt.output("states", found["states"])
     last = file.signature("end")
@@ -81,21 +85,27 @@ def _mask(prompt: Signature, places: int, group: int) -> int:
     return prompt.multiply(prompt.step("RELU", [ahead], (-1, -1)), prompt.constant(torch.tensor([CLOSED])))
 
 
-def _attend(prompt: Signature, layer: int, projected: int, mask: int, turning: list[int], heads: Heads) -> int:
-    """(T, H * Dh) of queries, keys and values side by side; keys and values are given out, (Hkv, T, Dh)."""
-    width, shared, num_turned = heads.width, heads.num_shared, heads.num + heads.num_shared
-    together = prompt.slice(projected, (0, 0), (-1, num_turned * width))
-    together = turned(prompt, prompt.reshape(together, (-1, num_turned, width)), turning)
-    together = prompt.transpose(together, (1, 0, 2), (num_turned, -1, width))
-    query = prompt.slice(together, (0, 0, 0), (heads.num, -1, width))
-    keys = prompt.slice(together, (heads.num, 0, 0), (shared, -1, width))
-    values = prompt.slice(projected, (0, num_turned * width), (-1, shared * width))
-    values = prompt.transpose(prompt.reshape(values, (-1, shared, width)), (1, 0, 2), (shared, -1, width))
+def _attend(prompt: Signature, layer: int, projected: list[int], mask: int, turning: list[int], heads: Heads) -> int:
+    """(T, H * Dh) of queries, keys and values, (T, H or Hkv * Dh) each; keys and values are given out, (Hkv, T, Dh)."""
+    width, shared = heads.width, heads.num_shared
+    query, keys, values = (
+        prompt.reshape(part, (-1, count, width))
+        for part, count in zip(projected, (heads.num, shared, shared), strict=True)
+    )
+    query, keys = (turned(prompt, part, turning) for part in (query, keys))
+    query = prompt.multiply(query, prompt.constant(torch.tensor([heads.scale])))
+    query, keys, values = (_heads_first(prompt, part) for part in (query, keys, values))
     for name, one in ((f"keys {layer}", keys), (f"values {layer}", values)):
         prompt.output(name, prompt.reshape(one, (-1, shared * width)))
-    query = prompt.reshape(prompt.multiply(query, prompt.constant(torch.tensor([heads.scale]))), (shared, -1, width))
+    query = prompt.reshape(query, (shared, -1, width))
     scores = prompt.step("BATCH_MATMUL", [query, keys], (shared, -1, -1), adjY=True)
     weights = prompt.step("SOFTMAX", [prompt.add(scores, mask)], (shared, -1, -1), beta=1.0)
     found = prompt.step("BATCH_MATMUL", [weights, values], (shared, -1, width))
     found = prompt.transpose(prompt.reshape(found, (heads.num, -1, width)), (1, 0, 2), (-1, heads.num, width))
     return prompt.reshape(found, (-1, heads.num * width))
+
+
+def _heads_first(prompt: Signature, x: int) -> int:
+    """(T, H, Dh) -> (H, T, Dh)."""
+    _, count, width = prompt.shape(x)
+    return prompt.transpose(x, (1, 0, 2), (count, -1, width))
