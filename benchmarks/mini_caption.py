@@ -9,6 +9,7 @@ and as `blip2 caption` does by default, the best of 8 beams by the retrieval par
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +75,7 @@ def _in_turns(ours: Callable[[Path], str], peer: Callable[[Path], str], runs: in
                 if run >= 0:
                     seconds[name].append(time.perf_counter() - begin)
             equal += run == 0 and texts[0] == texts[1]
+        _tell(f"round {run + 1} of {runs} is done")
     ratios = [peer / own for own, peer in zip(seconds["ours"], seconds["peer"], strict=True)]
     return {
         "ours": statistics.median(seconds["ours"]),
@@ -90,7 +92,13 @@ def _rate(work: Callable[[], object], runs: int) -> float:
         begin = time.perf_counter()
         work()
         taken.append(time.perf_counter() - begin)
-    return MANY / statistics.median(taken)
+    rate = MANY / statistics.median(taken)
+    _tell(f"{rate:.1f} captions a second")
+    return rate
+
+
+def _tell(what: str) -> None:
+    print(what, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

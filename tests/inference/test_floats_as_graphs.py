@@ -1,12 +1,15 @@
 """A small Llama in float32 is left to LiteRT where that is faster, and says the same; where it cannot be, it is not."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import blip2
+from blip2.checkpoints.native import FrozenPart
 from blip2.inference import loading
+from blip2.model.efficientnet import EfficientNetLite, EfficientNetTokens
 from blip2.model.graphs.decoders import Layers
 
 from .tiny_model import make_tiny_model
@@ -64,3 +67,19 @@ def test_another_dtype_or_family_stays(folder, tmp_path):
     assert not is_taken_over(blip2.load(folder, dtype=torch.bfloat16))
     t5 = blip2.load(make_tiny_model(tmp_path, decoder_only=False).model).generator.language_model
     assert t5.attends_apart is None and t5.replay is None
+
+
+def test_stages_of_efficientnet_are_left_to_it_where_there_is_room(monkeypatch):
+    network = EfficientNetLite(0)
+    network.fold_batch_norms()
+    encoder = EfficientNetTokens(network, name="random", image_size=64)
+    monkeypatch.setattr(loading.frozen, "load_vision", lambda *args, **options: encoder)
+    settings = SimpleNamespace(vision=FrozenPart("random"), image_size=64)
+    loader = loading._Loader(Path(), settings, torch.device("cpu"), torch.float32, None, None, drafts=True)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(loading, "is_avx2", lambda: False)
+        assert loader.vision_model().faster is None
+    with monkeypatch.context() as full:
+        full.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=1000))
+        assert loader.vision_model().faster is None
+    assert loader.vision_model().faster is not None

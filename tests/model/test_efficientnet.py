@@ -1,5 +1,6 @@
 """EfficientNet-Lite: the published network, its folded and fast form, and the image features made of it."""
 
+import copy
 import io
 import tarfile
 
@@ -19,6 +20,7 @@ from blip2.model.efficientnet import (
     SameConv2d,
     position_channels,
 )
+from blip2.model.graphs.convolutions import Stages
 
 # Fluent 3D emoji that look like their ImageNet class: file -> class.
 KNOWN_EMOJI = {"26bd": 805, "1f3c0": 430, "1f3be": 852, "1f3d0": 890, "1f968": 932, "1f388": 417, "2602-fe0f": 879}
@@ -198,3 +200,24 @@ def test_a_missing_tensor_is_refused(package_weights):
     fewer = dict(list(package_weights.items())[1:])
     with pytest.raises(RuntimeError, match=r"conv_stem\.weight"):
         EfficientNetLite(2).load_package_weights(fewer)
+
+
+@pytest.mark.parametrize("variant", [0, 2])
+def test_stages_by_litert_are_those_of_the_network(variant):
+    """For more pictures than are computed at once, and none but those of its size."""
+    network = random_network(variant)
+    assert not Stages.can_take(network)
+    network.fold_batch_norms()
+    assert Stages.can_take(network) and not Stages.can_take(copy.deepcopy(network).to(torch.bfloat16))
+    encoder = EfficientNetTokens(network, name="random", image_size=64)
+    pictures = torch.randn(5, 3, 64, 64)
+    others = torch.randn(2, 3, 96, 64)
+    expected, expected_others = encoder(pictures), encoder(others)
+    encoder.faster = Stages(network, 64)
+    found = encoder(pictures)
+    assert not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(encoder(others), expected_others)
+    assert encoder(pictures[:0]).shape == (0, *expected.shape[1:])
+    for i in range(5):  # whatever is beside it, within what is computed at once and over it
+        assert torch.equal(encoder(pictures[i : i + 1])[0], found[i])

@@ -318,6 +318,24 @@ def test_half_precision_does_not_overflow():
     assert states.dtype == torch.float16 and float(states.abs().max()) == torch.finfo(torch.float16).max
 
 
+def test_what_was_read_goes_when_nobody_has_it(visual_prompt):
+    """Its buffers too, that LiteRT was shown; and those that rows had before they changed places."""
+    language_model = language_models(_opt)[1]
+    reading, _ = language_model.start(visual_prompt[:1], IDS[:1], MASK[:1])
+    language_model.step(reading, torch.tensor([4]))
+    layer = reading.cache.layers[0]
+    before = weakref.ref(layer.reserve(1))
+    language_model.step(reading, torch.tensor([5]))
+    assert layer.reserve(1) is before()
+    reading.select(torch.tensor([0]))
+    after = weakref.ref(layer.reserve(1))
+    language_model.step(reading, torch.tensor([6]))
+    assert before() is None and after() is not None
+    del reading, layer
+    gc.collect()
+    assert after() is None
+
+
 @pytest.mark.parametrize("make", [_opt, _llama, _t5])
 def test_what_is_laid_out_goes_with_the_network(make):
     """At once, and not when Python next looks for cycles: it is gigabytes, on disk too."""

@@ -25,6 +25,7 @@ import transformers
 from PIL import Image
 
 from blip2.errors import Blip2Error, UserError
+from blip2.model.efficientnet import EfficientNetTokens
 from blip2.model.quantized import Bits
 
 Kind = Literal["blip2", "transformers", "plain"]
@@ -274,7 +275,8 @@ class _Ours:
 
 
 class PlainSpeaker:
-    """Our modules one after the other and the LLM's own `generate`, its layers as transformers has them."""
+    """Our modules one after the other and the LLM's own `generate`, its layers as transformers has them, and those of
+    EfficientNet as PyTorch does."""
 
     def __init__(self, contender: Contender) -> None:
         from blip2.checkpoints import frozen
@@ -285,6 +287,8 @@ class PlainSpeaker:
         self.model = load(contender.model, contender.device, dtype)
         self.model.batch_size = 1024
         self.model.image_cache.max_bytes = self.model.generator.image_cache.max_bytes = 0
+        if isinstance(self.model.vision_model, EfficientNetTokens):
+            self.model.vision_model.faster = None
         part = self.model.settings.language
         assert part is not None, "a model that speaks names its language model"
         self.network: Any = frozen.load_language(part.place(find_model(contender.model)), dtype=dtype)[0]

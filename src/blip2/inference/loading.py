@@ -27,6 +27,7 @@ from blip2.inference.blip2 import Blip2
 from blip2.inference.generation import Generator
 from blip2.inference.retrieval import Retriever
 from blip2.model.drafting import Drafter
+from blip2.model.efficientnet import EfficientNetTokens
 from blip2.model.language import DecoderLM, EncoderDecoderLM, LanguageModel
 from blip2.model.low_bit_products import is_avx2
 from blip2.model.packed import pack
@@ -211,6 +212,8 @@ class _Loader:
         self._lighten(vision_model, "int8", rounds_inputs=True)
         if self.device.type == "cpu" and has_few_bits(vision_model):
             _take_over(vision_model.network)
+        elif self.device.type == "cpu" and isinstance(vision_model, EfficientNetTokens) and is_avx2():
+            _hasten(vision_model)
         vision_model.to(self.device).eval()
         if self.device.type == "cuda":
             vision_model.record()
@@ -343,7 +346,22 @@ def _is_faster_taken_over(network: Any) -> bool:
         return False
     layers = [layer for layer in network.modules() if isinstance(layer, nn.Linear)]
     num_bytes = sum(layer.weight.nbytes for layer in layers)
-    return num_bytes <= MOST_FLOATS and shutil.disk_usage(tempfile.gettempdir()).free >= ROOM_FOR_FLOATS * num_bytes
+    return num_bytes <= MOST_FLOATS and _has_room(num_bytes)
+
+
+def _hasten(vision_model: EfficientNetTokens) -> None:
+    """Has LiteRT compute the stages of EfficientNet, where temporary files have room for its weights twice."""
+    from blip2.model.graphs.convolutions import Stages  # here, since the runtime takes a fifth of a second to import
+
+    network: Any = vision_model.network
+    num_bytes = sum(weight.nbytes for weight in network.parameters())
+    if Stages.can_take(network) and _has_room(num_bytes):
+        vision_model.faster = Stages(network, vision_model.image_size)
+
+
+def _has_room(num_bytes: int) -> bool:
+    """Whether temporary files have room for weights twice: as they come and as they are laid out."""
+    return shutil.disk_usage(tempfile.gettempdir()).free >= ROOM_FOR_FLOATS * num_bytes
 
 
 def _take_over(network: Any) -> None:

@@ -50,6 +50,8 @@ OPTIONS = {  # what an operation is told, by the name of what it is told in
     "MUL": "MulOptions",
     "BATCH_MATMUL": "BatchMatMulOptions",
     "CONCATENATION": "ConcatenationOptions",
+    "CONV_2D": "Conv2DOptions",
+    "DEPTHWISE_CONV_2D": "DepthwiseConv2DOptions",
     "FULLY_CONNECTED": "FullyConnectedOptions",
     "GELU": "GeluOptions",
     "MEAN": "ReducerOptions",
