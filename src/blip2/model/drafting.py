@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
+from blip2.model.graphs.attention import turns
 from blip2.model.low_bit_products import int4_product
 from blip2.model.packed import PackedLinear
 
@@ -153,9 +154,7 @@ class _FourBitLlama:
         first = int(reading.mask[0].argmax())  # padding stands on the left
         kept = [layer.reserve(known + most) for layer in reading.cache.layers]
         places = torch.arange(known - first, known - first + most)[None]
-        cosines, sines = (turned[0] for turned in self._rotations(self._words, places))  # (most, Dh)
-        half = sines.shape[1] // 2
-        sines = torch.cat([-sines[:, :half], sines[:, half:]], dim=1)
+        cosines, sines = (part[0, 0] for part in turns(self._rotations(self._words, places)))  # (most, Dh)
         guesses: list[int] = []
         for i in range(most):
             hidden = self._words[token_id][None]  # (1, D)

@@ -74,10 +74,8 @@ def causal(length: int, num_known: int) -> Tensor:
     return torch.ones(1, 1, length, num_known + length, dtype=torch.bool).tril(num_known)
 
 
-def turns(positions: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-    """Cosines and sines (B or 1, T, Dh) as `rotated` takes them, for all layers."""
-    if positions is None:
-        return None
+def turns(positions: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B or 1, T, Dh) as `rotated` takes them, (B or 1, 1, T, Dh), for all layers."""
     cosines, sines = (part.float()[:, None] for part in positions)
     left, right = sines.chunk(2, dim=-1)
     return cosines, torch.cat([-left, right], dim=-1)

@@ -90,7 +90,8 @@ class Layers(nn.Module):
         if mask is None and length > 1:
             mask = causal(length, 0 if past_key_values is None else past_key_values.get_seq_length())
         mask = None if mask is None else added(mask)
-        turning, num_turned = turns(position_embeddings), heads.num + heads.num_shared
+        turning = None if position_embeddings is None else turns(position_embeddings)
+        num_turned = heads.num + heads.num_shared
         with one_thread():
             (projected,) = self.runtime.run_rows("first", states=states)
             for i in range(self._num_layers):

@@ -7,7 +7,6 @@ size changes once in some tens of tokens.
 import weakref
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -35,7 +34,7 @@ class Words:
     def __init__(self, decoder: Any, start: Start) -> None:
         self._decoder = weakref.ref(decoder)
         self._start = start
-        self._shared: WeakKeyDictionary[Room, tuple[Memory, Memory]] = WeakKeyDictionary()
+        self._shared: weakref.WeakKeyDictionary[Room, tuple[Memory, Memory]] = weakref.WeakKeyDictionary()
 
     def takes(self, reading: Reading) -> bool:
         """Whether a reading is a single row, with something in buffers with room."""
